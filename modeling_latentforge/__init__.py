@@ -1,0 +1,32 @@
+"""Models that work in latent vectors. Importing the package registers them with the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .cache_latentforge import LatentForgeCache
+from .configuration_autoencoder import LatentForgeAutoencoderConfig
+from .configuration_latentforge import LatentForgeConfig, LatentHeadConfig
+from .modeling_autoencoder import LatentForgeAutoencoder
+from .modeling_latentforge import LatentForgeForCausalLM, LatentForgeModel
+
+
+AutoConfig.register("latentforge_autoencoder", LatentForgeAutoencoderConfig, exist_ok=True)
+AutoConfig.register("latentforge", LatentForgeConfig, exist_ok=True)
+AutoModel.register(LatentForgeAutoencoderConfig, LatentForgeAutoencoder, exist_ok=True)
+AutoModel.register(LatentForgeConfig, LatentForgeForCausalLM, exist_ok=True)
+AutoModelForCausalLM.register(LatentForgeConfig, LatentForgeForCausalLM, exist_ok=True)
+
+# saved checkpoints carry these files, so that `trust_remote_code=True` loads them where this package is not installed
+LatentForgeAutoencoderConfig.register_for_auto_class()
+LatentForgeConfig.register_for_auto_class()
+LatentForgeAutoencoder.register_for_auto_class("AutoModel")
+LatentForgeForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = [
+    "LatentForgeAutoencoder",
+    "LatentForgeAutoencoderConfig",
+    "LatentForgeCache",
+    "LatentForgeConfig",
+    "LatentForgeForCausalLM",
+    "LatentForgeModel",
+    "LatentHeadConfig",
+]

@@ -1,0 +1,76 @@
+"""Configuration of the codec: K tokens -> 1 latent and back."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class LatentForgeAutoencoderConfig(PreTrainedConfig):
+    """Shape and objective of [`LatentForgeAutoencoder`].
+
+    Args:
+        vocab_size: number of token ids.
+        patch_size: K, tokens per patch.
+        latent_size: D, numbers per latent; default `32 * patch_size` (CALM's rule, arXiv 2510.27688, section 4).
+        hidden_size, intermediate_size: width of the blocks and of their gated MLP.
+        num_encoder_layers, num_decoder_layers: blocks on each side; half of them (rounded up) see single tokens, the
+            others the whole patch.
+        token_dropout: share of input tokens replaced by the mask embedding in training.
+        latent_dropout: share of latent numbers set to zero in training.
+        kl_weight: factor of the KL term.
+        kl_clamp: nats per latent dimension below which the KL term does not push (free bits): without it most
+            dimensions collapse.
+        tie_word_embeddings: the output matrix is the embedding matrix.
+
+    Raises:
+        ValueError: a size below 1, a dropout outside [0, 1), a negative weight.
+    """
+
+    model_type = "latentforge_autoencoder"
+
+    vocab_size: int = 32000
+    patch_size: int = 8
+    latent_size: int | None = None
+    hidden_size: int = 512
+    intermediate_size: int = 1280
+    num_encoder_layers: int = 2
+    num_decoder_layers: int = 2
+    token_dropout: int | float = 0.15
+    latent_dropout: int | float = 0.15
+    kl_weight: int | float = 1e-3
+    kl_clamp: int | float = 0.5
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.latent_size is None:
+            self.latent_size = 32 * self.patch_size
+        super().__post_init__(**kwargs)
+
+    def validate_sizes(self):
+        for name in (
+            "vocab_size",
+            "patch_size",
+            "latent_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_encoder_layers",
+            "num_decoder_layers",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+
+    def validate_objective(self):
+        for name in ("token_dropout", "latent_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is a probability below 1, got {getattr(self, name)}.")
+        for name in ("kl_weight", "kl_clamp"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
+
+
+__all__ = ["LatentForgeAutoencoderConfig"]

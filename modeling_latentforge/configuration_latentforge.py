@@ -1,0 +1,175 @@
+"""Configuration of the student: a causal backbone over patches, a head (hidden state -> latent) and a decoder (latent
+-> K tokens)."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .configuration_autoencoder import LatentForgeAutoencoderConfig
+
+
+@strict
+class LatentHeadConfig(PreTrainedConfig):
+    """The head: what is known before a patch -> the patch's latent.
+
+    Args:
+        head_type: `regression` (one vector) or `energy` (noise in, energy score as loss; CALM, arXiv 2510.27688,
+            section 3.2).
+        num_layers: residual MLP blocks.
+        intermediate_size: width inside a block; default twice the backbone's hidden size.
+        noise_size: numbers of uniform noise that an energy head reads.
+        num_samples: latents drawn per patch for the energy score, at least 2.
+        num_targets: draws from the codec's posterior per patch for the energy score.
+        exponent: power of the distance in the energy score; a proper score for 0 < exponent < 2.
+    """
+
+    model_type = "latentforge_head"
+    base_config_key = "head_config"
+
+    head_type: Literal["regression", "energy"] = "regression"
+    num_layers: int = 1
+    intermediate_size: int | None = None
+    noise_size: int = 64
+    num_samples: int = 8
+    num_targets: int = 16
+    exponent: int | float = 1.0
+
+    def validate_head(self):
+        if self.num_layers < 0:
+            raise ValueError(f"`head_config.num_layers` must not be negative, got {self.num_layers}.")
+        if self.head_type == "energy":
+            if not 0 < self.exponent < 2:
+                raise ValueError(
+                    f"`head_config.exponent` ({self.exponent}) must lie between 0 and 2: outside, "
+                    "the energy score is not strictly proper."
+                )
+            if self.num_samples < 2 or self.num_targets < 1 or self.noise_size < 1:
+                raise ValueError(
+                    "An energy head needs `num_samples` >= 2, `num_targets` >= 1 and `noise_size` >= 1, got "
+                    f"{self.num_samples}, {self.num_targets} and {self.noise_size}."
+                )
+
+
+@strict
+class LatentForgeConfig(PreTrainedConfig):
+    """Shape of [`LatentForgeForCausalLM`].
+
+    Args:
+        backbone_config: any decoder configuration that `AutoModel.from_config` builds. Its positions are patches, its
+            `vocab_size` unused.
+        autoencoder_config: the codec, whose weights travel inside the checkpoint, frozen. `patch_size`, `latent_size`
+            and `vocab_size` are its.
+        head_config: see [`LatentHeadConfig`].
+        input_mode: what a patch looks like to the backbone: its `tokens` (embeddings through an MLP) or its `latents`
+            (a linear map of the codec's mean).
+        decoder_type: `autoregressive` (token by token inside the patch, exact likelihood) or `parallel` (the codec's K
+            softmaxes at once).
+        train_decoder: a parallel decoder that is the student's own trained copy of the codec's.
+        num_decoder_layers, decoder_hidden_size, decoder_intermediate_size, decoder_num_heads: shape of the
+            autoregressive decoder; sizes default to the backbone's hidden size, 8/3 of the decoder's width, and one
+            head per 64.
+        decoder_window: W, tokens that a decoder layer sees, the current one included; default `2 * patch_size`.
+        decoder_memory: `none`, or `patches`: the decoder also attends to all conditions up to its own patch's.
+        decoder_output_size: width of the output matrix; default, the decoder's width. Smaller makes the output
+            low-rank.
+        tie_word_embeddings: the autoregressive decoder's output matrix is its embedding matrix (needs the two widths
+            equal).
+
+    Raises:
+        ValueError: parts that do not fit each other, with both values.
+    """
+
+    model_type = "latentforge"
+    keys_to_ignore_at_inference = ["past_key_values", "loss_components"]
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "autoencoder_config": SubConfigSpec(config_class=LatentForgeAutoencoderConfig),
+        "head_config": SubConfigSpec(config_class=LatentHeadConfig),
+    }
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    autoencoder_config: dict | PreTrainedConfig | None = None
+    head_config: dict | PreTrainedConfig | None = None
+    input_mode: Literal["tokens", "latents"] = "tokens"
+    decoder_type: Literal["autoregressive", "parallel"] = "autoregressive"
+    train_decoder: bool = False
+    num_decoder_layers: int = 1
+    decoder_hidden_size: int | None = None
+    decoder_intermediate_size: int | None = None
+    decoder_num_heads: int | None = None
+    decoder_window: int | None = None
+    decoder_memory: Literal["none", "patches"] = "patches"
+    decoder_output_size: int | None = None
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.backbone_config, dict):
+            # the key "backbone_config" has no model_type fallback in transformers 5
+            self.backbone_config.setdefault("model_type", "llama")
+        super().__post_init__(**kwargs)
+        if self.decoder_hidden_size is None:
+            self.decoder_hidden_size = self.backbone_config.hidden_size
+        if self.decoder_intermediate_size is None:
+            self.decoder_intermediate_size = -(-8 * self.decoder_hidden_size // (3 * 32)) * 32
+        if self.decoder_num_heads is None:
+            self.decoder_num_heads = max(1, self.decoder_hidden_size // 64)
+        if self.decoder_window is None:
+            self.decoder_window = 2 * self.patch_size
+        if self.decoder_output_size is None:
+            self.decoder_output_size = self.decoder_hidden_size
+        if self.head_config.intermediate_size is None:
+            self.head_config.intermediate_size = 2 * self.backbone_config.hidden_size
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(self.autoencoder_config, name))
+
+    def validate_decoder(self):
+        if self.decoder_type == "autoregressive" and self.decoder_hidden_size is not None:
+            if self.train_decoder:
+                raise ValueError(
+                    "`train_decoder` is for `decoder_type='parallel'`: an autoregressive decoder is "
+                    "always the student's own."
+                )
+            if self.num_decoder_layers < 1:
+                raise ValueError(f"`num_decoder_layers` must be at least 1, got {self.num_decoder_layers}.")
+            if self.decoder_hidden_size % (2 * self.decoder_num_heads):
+                raise ValueError(
+                    f"`decoder_hidden_size` ({self.decoder_hidden_size}) must be a multiple of twice "
+                    f"`decoder_num_heads` ({self.decoder_num_heads}): heads are of equal, even width."
+                )
+            if self.decoder_window < self.patch_size:
+                raise ValueError(
+                    f"`decoder_window` ({self.decoder_window}) must hold at least the patch's own tokens: "
+                    f"`patch_size` is {self.patch_size}."
+                )
+            if self.tie_word_embeddings and self.decoder_output_size != self.decoder_hidden_size:
+                raise ValueError(
+                    f"`tie_word_embeddings` needs `decoder_output_size` ({self.decoder_output_size}) equal to "
+                    f"`decoder_hidden_size` ({self.decoder_hidden_size}): set it to False for a low-rank output."
+                )
+
+    def get_text_config(self, decoder=None, encoder=None):
+        # caches, masks and tensor parallelism go through this: hand them the decoder that owns the attention cache
+        return self.backbone_config
+
+    @property
+    def patch_size(self) -> int:
+        return self.autoencoder_config.patch_size
+
+    @property
+    def latent_size(self) -> int:
+        return self.autoencoder_config.latent_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.autoencoder_config.vocab_size
+
+
+__all__ = ["LatentForgeConfig", "LatentHeadConfig"]

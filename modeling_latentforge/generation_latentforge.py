@@ -1,0 +1,61 @@
+"""What generation needs beyond transformers' own loop.
+
+The loop is stock: `forward` with a [`LatentForgeCache`] takes and predicts tokens like any causal LM and runs the
+    backbone once per patch, so
+processors, stopping criteria and streamers work unchanged.
+"""
+
+import torch
+from transformers.generation import GenerationMixin
+
+from .cache_latentforge import LatentForgeCache
+
+
+class LatentGenerationMixin(GenerationMixin):
+    """`generate()` for students. Hooks `_sample`, `_prepare_cache_for_generation` (private in transformers: setup.cfg
+    bounds the version)."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        user_cache = model_kwargs.get("past_key_values")
+        # LatentForge specific: the backbone's cache counts patches
+        max_cache_length = -(-int(max_cache_length) // self.config.patch_size) + 1
+        result = super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and user_cache is None:
+            model_kwargs["past_key_values"] = LatentForgeCache(cache)
+        return result
+
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        # LatentForge specific: the grid of a parallel decoder ends at the prompt's end and must not move while the
+        # text grows
+        if self.config.decoder_type == "parallel" and model_kwargs.get("patch_offset") is None:
+            model_kwargs["patch_offset"] = -input_ids.shape[1] % self.config.patch_size
+        if model_kwargs.get("sample_noise") is None:
+            model_kwargs["sample_noise"] = bool(generation_config.do_sample)
+        return super()._sample(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs.pop("position_ids", None)  # they count tokens; the backbone's positions are patches
+        return inputs

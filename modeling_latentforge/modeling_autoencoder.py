@@ -1,0 +1,198 @@
+"""The codec: K tokens -> 1 latent and back.
+
+B batch, T tokens, K tokens per patch, N = T // K patches, H hidden, D latent, V vocabulary.
+
+    input_ids (B, T) -> embeddings (B, N, K, H) -> token blocks -> squeeze (B, N, H) -> patch blocks -> mean, log_std
+    (B, N, D) latents (B, N, D) -> patch blocks (B, N, H) -> expand (B, N, K, H) -> token blocks -> tied output matrix
+    -> logits (B, N, K, V)
+
+No attention: CALM (arXiv 2510.27688, issue #5 of its repository) found that attention in the codec reconstructs better
+    and is learnt worse.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_autoencoder import LatentForgeAutoencoderConfig
+from .modeling_token_loss import token_loss
+
+
+@dataclass
+class LatentForgeAutoencoderEncoding(ModelOutput):
+    """Posterior of each patch: `mean` and `log_std`, `(B, N, D)`."""
+
+    mean: torch.FloatTensor | None = None
+    log_std: torch.FloatTensor | None = None
+
+
+@dataclass
+class LatentForgeAutoencoderOutput(ModelOutput):
+    """`loss` and `loss_components` with labels, else `logits` `(B, T, V)`; `last_hidden_state` is the posterior mean
+    `(B, N, D)`."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    log_std: torch.FloatTensor | None = None
+    loss_components: dict | None = None
+
+
+class LatentForgeMLPBlock(nn.Module):
+    """`x + down(silu(gate(norm(x))) * up(norm(x)))` on the last dimension."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, eps: float):
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(self.norm(x)).chunk(2, dim=-1)
+        return x + self.down_proj(nn.functional.silu(gate) * up)
+
+
+def _blocks(config: LatentForgeAutoencoderConfig, count: int) -> nn.Sequential:
+    return nn.Sequential(
+        *(LatentForgeMLPBlock(config.hidden_size, config.intermediate_size, config.rms_norm_eps) for _ in range(count))
+    )
+
+
+class LatentForgeEncoder(nn.Module):
+    """Token embeddings `(..., K, H)` -> mean and log-std `(..., D)`."""
+
+    def __init__(self, config: LatentForgeAutoencoderConfig):
+        super().__init__()
+        token_blocks = (config.num_encoder_layers + 1) // 2
+        self.token_blocks = _blocks(config, token_blocks)
+        self.squeeze = nn.Linear(config.patch_size * config.hidden_size, config.hidden_size, bias=False)
+        self.patch_blocks = _blocks(config, config.num_encoder_layers - token_blocks)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.to_posterior = nn.Linear(config.hidden_size, 2 * config.latent_size)
+
+    def forward(self, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.squeeze(self.token_blocks(embeds).flatten(-2))  # (..., H)
+        mean, log_std = self.to_posterior(self.norm(self.patch_blocks(hidden))).chunk(2, dim=-1)
+        return mean, log_std.clamp(-8.0, 4.0)
+
+
+class LatentForgeDecoder(nn.Module):
+    """Latents `(..., D)` -> hidden vectors `(..., K, H)` that the output matrix turns into logits, K tokens at
+    once."""
+
+    def __init__(self, config: LatentForgeAutoencoderConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        token_blocks = (config.num_decoder_layers + 1) // 2
+        self.from_latent = nn.Linear(config.latent_size, config.hidden_size)
+        self.patch_blocks = _blocks(config, config.num_decoder_layers - token_blocks)
+        self.expand = nn.Linear(config.hidden_size, config.patch_size * config.hidden_size)
+        self.token_blocks = _blocks(config, token_blocks)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        hidden = self.patch_blocks(self.from_latent(latents))
+        return self.norm(self.token_blocks(self.expand(hidden).unflatten(-1, (self.patch_size, -1))))
+
+
+class LatentForgeAutoencoder(PreTrainedModel):
+    """MLP-only variational codec of CALM (arXiv 2510.27688, section 3). Its whole face is [`encode`] and
+    [`decode`]."""
+
+    config: LatentForgeAutoencoderConfig
+    config_class = LatentForgeAutoencoderConfig
+    base_model_prefix = "autoencoder"
+    main_input_name = "input_ids"
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+    # `set_attn_implementation` on a student asks every part, attention or not
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    def __init__(self, config: LatentForgeAutoencoderConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # stands for a dropped token: id 0 would be a real token
+        self.mask_embedding = nn.Parameter(torch.zeros(config.hidden_size))
+        self.encoder = LatentForgeEncoder(config)
+        self.decoder = LatentForgeDecoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LatentForgeAutoencoder):
+            init.normal_(module.mask_embedding, std=self.config.initializer_range)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def to_patches(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """`(B, T)` -> `(B, N, K)`. Raises ValueError where T is no multiple of K."""
+        if input_ids.shape[-1] % self.config.patch_size:
+            raise ValueError(
+                f"The codec reads whole patches: {input_ids.shape[-1]} tokens are no multiple of `patch_size` "
+                f"({self.config.patch_size}). Pad the text to a multiple, with `pad_token_id` or EOS."
+            )
+        return input_ids.unflatten(-1, (-1, self.config.patch_size))
+
+    def encode(self, input_ids: torch.LongTensor) -> LatentForgeAutoencoderEncoding:
+        """`(B, T)` ids -> posterior mean and log standard deviation, `(B, N, D)`. In training, tokens are dropped
+        (`token_dropout`)."""
+        embeds = self.embed_tokens(self.to_patches(input_ids))  # (B, N, K, H)
+        if self.training and self.config.token_dropout:
+            dropped = torch.rand(embeds.shape[:-1], device=embeds.device) < self.config.token_dropout
+            embeds = torch.where(dropped[..., None], self.mask_embedding.to(embeds.dtype), embeds)
+        return LatentForgeAutoencoderEncoding(*self.encoder(embeds))
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `(..., D)` -> logits `(..., K, V)`."""
+        return self.lm_head(self.decoder(latents))
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> LatentForgeAutoencoderOutput:
+        """Reconstruct.
+
+        Args:
+            input_ids: `(B, T)`, T a multiple of K. Padding is a token like any other: a codec must give it back.
+            attention_mask: accepted because tokenizers send it; the codec has no use for it.
+            labels: `(B, T)` ids to reconstruct, -100 where nothing is asked. Then `loss` is set and `logits` are never
+                made.
+            num_items_in_batch: label count that the loss is divided by; default, that of this batch.
+
+        `loss` = K * cross-entropy per token + `kl_weight` * KL per patch, both in nats; `loss_components` names them
+        `reconstruction` (times K) and `kl` (before its weight, clamped).
+        """
+        encoding = self.encode(input_ids)
+        latents = encoding.mean
+        if self.training:
+            latents = latents + torch.randn_like(latents) * encoding.log_std.exp()
+            latents = nn.functional.dropout(latents, self.config.latent_dropout)
+        output = LatentForgeAutoencoderOutput(last_hidden_state=encoding.mean, log_std=encoding.log_std)
+        if labels is None:
+            output.logits = self.decode(latents).flatten(1, 2)  # (B, T, V)
+            return output
+
+        num_items = num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum().clamp(min=1)
+        hidden = self.decoder(latents)
+        reconstruction, *_ = token_loss(hidden.flatten(0, -2), self.lm_head.weight, labels.flatten())
+        reconstruction = self.config.patch_size * reconstruction / num_items
+        # KL(N(mean, std) || N(0, 1)) per dimension; the clamp is per dimension, before the sum
+        variance = (2 * encoding.log_std).exp()
+        kl = 0.5 * (encoding.mean.square() + variance - 1) - encoding.log_std  # (B, N, D)
+        tokens_per_patch = (self.to_patches(labels) != -100).sum(-1)  # (B, N)
+        kl = (kl.clamp(min=self.config.kl_clamp).sum(-1) * tokens_per_patch).sum() / num_items
+        output.loss = reconstruction + self.config.kl_weight * kl
+        output.loss_components = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
+        return output
+
+
+__all__ = ["LatentForgeAutoencoder", "LatentForgeAutoencoderEncoding", "LatentForgeAutoencoderOutput"]

@@ -1,0 +1,694 @@
+"""The student: a causal language model that thinks in patches.
+
+B batch, T tokens, K tokens per patch, N complete patches, C = N + 1 conditions, H backbone width, D latent, V
+vocabulary.
+
+    input_ids (B, T) -> patches (B, N, K) -> embeddings (B, N, H) -> backbone -> states (B, N, H)    once per patch
+    conditions (B, C, H) = learned start, states: what is known before each patch
+    conditions -> head -> latents (B, C, D)                                                          once per patch
+    latents, tokens -> decoder -> logits (B, T, V), position t predicts token t + 1                  once per token
+    patches -> codec (frozen) -> latent targets (B, N, D)                                            where a loss asks
+
+A parallel decoder makes the K logits of a patch at once, from the latent alone.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils import ModelOutput
+
+from .cache_latentforge import LatentForgeCache
+from .configuration_latentforge import LatentForgeConfig
+from .generation_latentforge import LatentGenerationMixin
+from .modeling_autoencoder import LatentForgeAutoencoder, LatentForgeDecoder
+from .modeling_latent_heads import HEADS
+from .modeling_patch_decoder import LatentForgePatchDecoder
+from .modeling_token_loss import TokenLoss, token_loss
+
+
+LOSS_PARTS = ("ce", "kd", "mse", "energy")
+
+
+@dataclass
+class LatentForgeOutput(ModelOutput):
+    """`loss` is the weighted sum of `loss_components`, which are detached and unweighted; `logits` `(B, T, V)`."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    loss_components: dict | None = None
+
+
+@dataclass
+class Grid:
+    """Rows laid on the patch grid.
+
+    Attributes:
+        input_ids, mask: `(B, L)`; `mask` is None where all is real text.
+        shift: columns that precede a row's first grid place: `(B,)`, or an int for all rows, negative where the grid
+            starts before the row.
+    """
+
+    input_ids: torch.LongTensor
+    mask: torch.BoolTensor | None
+    shift: torch.Tensor | int
+
+
+class LatentForgePatchEmbedding(nn.Module):
+    """K tokens -> one backbone input: a linear map of the K embeddings plus a gated MLP on them."""
+
+    def __init__(self, config: LatentForgeConfig):
+        super().__init__()
+        hidden_size = config.backbone_config.hidden_size
+        self.patch_size = config.patch_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, hidden_size)
+        self.mask_embedding = nn.Parameter(torch.zeros(hidden_size))
+        self.projection = nn.Linear(config.patch_size * hidden_size, hidden_size, bias=False)
+        self.norm = nn.RMSNorm(config.patch_size * hidden_size, eps=config.rms_norm_eps)
+        self.gate_up_proj = nn.Linear(config.patch_size * hidden_size, 2 * hidden_size, bias=False)
+        self.down_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, input_ids: torch.LongTensor, mask: torch.BoolTensor | None) -> torch.Tensor:
+        """`(B, N, K)` ids -> `(B, N, H)`; False in `mask (B, N, K)` reads as the mask embedding."""
+        embeds = self.embed_tokens(input_ids)
+        if mask is not None:
+            embeds = torch.where(mask[..., None], embeds, self.mask_embedding.to(embeds.dtype))
+        embeds = embeds.flatten(-2)  # (B, N, K * H)
+        gate, up = self.gate_up_proj(self.norm(embeds)).chunk(2, dim=-1)
+        return self.projection(embeds) + self.down_proj(nn.functional.silu(gate) * up)
+
+    @torch.no_grad()
+    def become_mean_of(self, token_embeddings: torch.Tensor) -> None:
+        """Start from a language model's `token_embeddings (>= V, H)`: a patch is the mean of its tokens' (PatchTrain,
+        arXiv 2407.12665)."""
+        self.embed_tokens.weight.copy_(token_embeddings[: self.embed_tokens.num_embeddings])
+        self.mask_embedding.copy_(self.embed_tokens.weight.mean(0))
+        eye = torch.eye(self.projection.out_features, dtype=self.projection.weight.dtype) / self.patch_size
+        self.projection.weight.copy_(eye.repeat(1, self.patch_size))
+        self.down_proj.weight.zero_()
+
+
+class LatentForgePreTrainedModel(PreTrainedModel):
+    config: LatentForgeConfig
+    config_class = LatentForgeConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, (LatentForgePatchEmbedding, LatentForgePatchDecoder)):
+            init.normal_(module.mask_embedding, std=std)
+        elif isinstance(module, LatentForgeModel):
+            init.normal_(module.start, std=std)
+
+
+class LatentForgeModel(LatentForgePreTrainedModel):
+    """Patches -> conditions: what is known before each patch."""
+
+    def __init__(self, config: LatentForgeConfig):
+        super().__init__(config)
+        hidden_size = config.backbone_config.hidden_size
+        if config.input_mode == "tokens":
+            self.patch_embedding = LatentForgePatchEmbedding(config)
+        else:
+            self.latent_projection = nn.Linear(config.latent_size, hidden_size)
+        self.start = nn.Parameter(torch.zeros(hidden_size))  # stands for the state before the first patch
+        # a dtype stored inside backbone_config would win over the model's: build in the ambient one
+        self.backbone = AutoModel.from_config(config.backbone_config, dtype=torch.get_default_dtype())
+        # never used, and a parameter without gradient breaks DDP
+        self.backbone.set_input_embeddings(None)
+        self.post_init()
+
+    def forward(
+        self,
+        patch_embeds: torch.Tensor,
+        patch_mask: torch.Tensor | None = None,
+        positions: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        use_cache: bool = False,
+    ) -> torch.Tensor:
+        """`(B, N, H)` embeddings of new patches -> their states `(B, N, H)`. `patch_mask (B, past + N)` and `positions
+        (B, N)` as in any decoder."""
+        return self.backbone(
+            inputs_embeds=patch_embeds,
+            attention_mask=patch_mask,
+            position_ids=positions,
+            past_key_values=cache if use_cache else None,
+            use_cache=use_cache,
+        ).last_hidden_state
+
+
+class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
+    """Causal LM whose backbone runs once per K tokens; see the drawing at the top of the file."""
+
+    def __init__(self, config: LatentForgeConfig):
+        super().__init__(config)
+        codec = config.autoencoder_config
+        self.model = LatentForgeModel(config)
+        self.head = HEADS[config.head_config.head_type](config)
+        self.autoencoder = LatentForgeAutoencoder(codec)
+        if config.decoder_type == "autoregressive":
+            self.decoder = LatentForgePatchDecoder(config)
+            self.lm_head = nn.Linear(config.decoder_output_size, codec.vocab_size, bias=False)
+            if config.tie_word_embeddings:
+                self._tied_weights_keys = {"lm_head.weight": "decoder.embed_tokens.weight"}
+        elif config.train_decoder:
+            self.decoder = LatentForgeDecoder(codec)
+            self.lm_head = nn.Linear(codec.hidden_size, codec.vocab_size, bias=False)
+        self.autoencoder.requires_grad_(False)
+        self.post_init()
+
+    # -- construction
+
+    @classmethod
+    def from_autoencoder(
+        cls, autoencoder: LatentForgeAutoencoder, backbone_config: PreTrainedConfig | dict, **config_kwargs
+    ) -> "LatentForgeForCausalLM":
+        """A new student around a trained codec, which is copied in and frozen. `config_kwargs` are fields of
+        [`LatentForgeConfig`]."""
+        config = LatentForgeConfig(
+            backbone_config=copy.deepcopy(backbone_config),
+            autoencoder_config=copy.deepcopy(autoencoder.config),
+            **config_kwargs,
+        )
+        model = cls(config)
+        model.autoencoder.load_state_dict(autoencoder.state_dict())
+        if config.decoder_type == "parallel" and config.train_decoder:
+            model.decoder.load_state_dict(autoencoder.decoder.state_dict())
+            with torch.no_grad():
+                model.lm_head.weight.copy_(autoencoder.lm_head.weight)
+        return model.train(False)
+
+    @classmethod
+    def from_teacher(
+        cls,
+        teacher: PreTrainedModel | str,
+        autoencoder: LatentForgeAutoencoder,
+        layers: list[int] | None = None,
+        **config_kwargs,
+    ) -> "LatentForgeForCausalLM":
+        """A student whose backbone starts as a pretrained language model's.
+
+        Args:
+            teacher: a causal LM, or the id or path of one.
+            autoencoder: the codec; its ids must be the teacher's.
+            layers: which of the teacher's layers to keep, in order; default all.
+            config_kwargs: fields of [`LatentForgeConfig`].
+
+        Layers, norms and token embeddings are copied; a patch starts as the mean of its tokens' embeddings. An
+        autoregressive decoder as wide as the teacher also starts from the teacher's token embeddings and output
+        matrix.
+
+        Raises:
+            ValueError: a codec with more ids than the teacher, or a layer that the teacher does not have.
+        """
+        if isinstance(teacher, str):
+            teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+        base = teacher.base_model
+        embeddings = teacher.get_input_embeddings().weight
+        if autoencoder.config.vocab_size > embeddings.shape[0]:
+            raise ValueError(
+                f"The codec has {autoencoder.config.vocab_size} token ids, the teacher {embeddings.shape[0]}: "
+                "train the codec with the teacher's tokenizer."
+            )
+        num_layers = base.config.num_hidden_layers
+        layers = list(range(num_layers)) if layers is None else list(layers)
+        if not layers or any(not 0 <= layer < num_layers for layer in layers):
+            raise ValueError(f"`layers` must name some of the teacher's layers 0 to {num_layers - 1}, got {layers}.")
+
+        backbone_config = copy.deepcopy(base.config)
+        backbone_config.num_hidden_layers = len(layers)
+        if getattr(backbone_config, "layer_types", None) is not None:
+            backbone_config.layer_types = [base.config.layer_types[layer] for layer in layers]
+        model = cls.from_autoencoder(autoencoder, backbone_config, **config_kwargs)
+
+        (stack,) = [
+            name
+            for name, module in base.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == num_layers
+        ][:1]
+        new_index = {old: new for new, old in enumerate(layers)}
+        state = {}
+        for name, tensor in base.state_dict().items():
+            if name.startswith(f"{stack}."):
+                old, rest = name[len(stack) + 1 :].split(".", 1)
+                if int(old) not in new_index:
+                    continue
+                name = f"{stack}.{new_index[int(old)]}.{rest}"
+            state[name] = tensor
+        target = model.model.backbone
+        missing = set(target.state_dict()) - set(state)
+        if missing:
+            raise ValueError(
+                f"{type(base).__name__} has no weights named {sorted(missing)[:4]}: its layers cannot be copied."
+            )
+        target.load_state_dict({name: tensor for name, tensor in state.items() if name in target.state_dict()})
+        if model.config.input_mode == "tokens":
+            model.model.patch_embedding.become_mean_of(embeddings)
+        if model.config.decoder_type == "autoregressive" and model.config.decoder_hidden_size == embeddings.shape[1]:
+            vocab_size, output = model.config.vocab_size, teacher.get_output_embeddings().weight
+            with torch.no_grad():
+                model.decoder.embed_tokens.weight.copy_(embeddings[:vocab_size])
+                if model.config.decoder_output_size == output.shape[1]:
+                    model.lm_head.weight.copy_(output[:vocab_size])
+        return model
+
+    def train(self, mode: bool = True) -> "LatentForgeForCausalLM":
+        super().train(mode)
+        # `from_pretrained` makes every float parameter trainable again and then calls `eval()`: this is the place that
+        # always runs last
+        if hasattr(self, "autoencoder"):
+            self.autoencoder.eval()
+            self.autoencoder.requires_grad_(False)
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return (
+            self.model.patch_embedding.embed_tokens
+            if self.config.input_mode == "tokens"
+            else self.autoencoder.embed_tokens
+        )
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head if hasattr(self, "lm_head") else self.autoencoder.lm_head
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError(
+            "The vocabulary is the codec's: train a codec on the new tokenizer instead of resizing the student."
+        )
+
+    def save_pretrained(self, save_directory, **kwargs):
+        # `register_for_auto_class` records one auto class per model class; AutoModel must find the student too
+        if self.is_remote_code():
+            reference = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": reference}
+        return super().save_pretrained(save_directory, **kwargs)
+
+    # -- the grid
+
+    def _lay_out(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, patch_offset: int | None
+    ) -> Grid:
+        mask = None if attention_mask is None else attention_mask.bool()
+        if self.config.decoder_type == "parallel":
+            offset = -input_ids.shape[1] % self.config.patch_size if patch_offset is None else patch_offset
+            if not 0 <= offset < self.config.patch_size:
+                raise ValueError(
+                    f"`patch_offset` must lie in 0 to {self.config.patch_size - 1} (`patch_size` - 1), got {offset}."
+                )
+            if offset:
+                mask = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+                mask = nn.functional.pad(mask, (offset, 0))
+                input_ids = nn.functional.pad(input_ids, (offset, 0), value=self._filler)
+            if mask is not None:
+                input_ids = input_ids.masked_fill(~mask, self._filler)
+            return Grid(input_ids, mask, -offset)
+        if mask is None:
+            return Grid(input_ids, None, 0)
+        # what stands right of a token never reaches it: shift leading padding out and no mask is needed
+        shift = (mask.long().cumsum(1) == 0).sum(1)  # (B,)
+        source = torch.arange(input_ids.shape[1], device=input_ids.device) + shift[:, None]
+        inside = source < input_ids.shape[1]
+        source = source.clamp(max=input_ids.shape[1] - 1)
+        mask = mask.gather(1, source) & inside
+        return Grid(input_ids.gather(1, source).masked_fill(~mask, self._filler), mask, shift)
+
+    @property
+    def _filler(self) -> int:
+        """Id under the mask; only the codec ever reads it."""
+        pad, eos = self.config.pad_token_id, self.config.eos_token_id
+        return pad if pad is not None else (eos if isinstance(eos, int) else 0)
+
+    def _off_grid(self, grid_values: torch.Tensor, grid: Grid, length: int) -> torch.Tensor:
+        """`(B, L, ...)` on the grid -> `(B, length, ...)` at the columns of `input_ids`."""
+        if isinstance(grid.shift, int):
+            return grid_values[:, -grid.shift : length - grid.shift]
+        source = (torch.arange(length, device=grid_values.device) - grid.shift[:, None]).clamp(min=0)
+        return grid_values.gather(1, source[..., None].expand(-1, -1, grid_values.shape[-1]))
+
+    def _on_grid(self, values: torch.Tensor, grid: Grid, fill: int) -> torch.Tensor:
+        """`(B, T)` at the columns of `input_ids` -> `(B, L)` on the grid."""
+        if isinstance(grid.shift, int):
+            return nn.functional.pad(values, (-grid.shift, 0), value=fill)
+        source = torch.arange(values.shape[1], device=values.device) + grid.shift[:, None]
+        inside = source < values.shape[1]
+        return values.gather(1, source.clamp(max=values.shape[1] - 1)).masked_fill(~inside, fill)
+
+    # -- patches -> conditions -> latents
+
+    def _embed_patches(self, input_ids: torch.LongTensor, mask: torch.BoolTensor | None) -> torch.Tensor:
+        """`(B, N, K)` -> `(B, N, H)`."""
+        if self.config.input_mode == "tokens":
+            return self.model.patch_embedding(input_ids, mask)
+        with torch.no_grad():
+            latents = self.autoencoder.encode(input_ids.flatten(1)).mean
+        return self.model.latent_projection(latents.to(self.model.latent_projection.weight.dtype))
+
+    def _conditions(
+        self, grid: Grid, cache: Cache | None, use_cache: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Conditions `(B, C, H)` of patches 0 .. N, and the parallel grid's patch mask `(B, N)`."""
+        patch_size = self.config.patch_size
+        num_patches = grid.input_ids.shape[1] // patch_size
+        start = self.model.start.expand(grid.input_ids.shape[0], 1, -1)
+        if num_patches == 0:
+            return start, None
+
+        def to_patches(x: torch.Tensor) -> torch.Tensor:
+            return x[:, : num_patches * patch_size].unflatten(1, (-1, patch_size))
+
+        mask = None if grid.mask is None else to_patches(grid.mask)
+        embeds = self._embed_patches(to_patches(grid.input_ids), mask)
+        if self.config.decoder_type == "autoregressive" or mask is None:
+            states = self.model(embeds, cache=cache, use_cache=use_cache)
+            return torch.cat([start.to(states.dtype), states], dim=1), None
+        # a left-padded row begins with patches that hold nothing
+        patch_mask = mask.any(-1)  # (B, N)
+        count = patch_mask.long().cumsum(1)
+        states = self.model(embeds, patch_mask.long(), (count - 1).clamp(min=0), cache, use_cache)
+        start = start.to(states.dtype)
+        return torch.cat([start, torch.where(count[..., None] > 0, states, start)], dim=1), patch_mask
+
+    def sample_latents(self, condition: torch.Tensor, sample_noise: bool = False) -> torch.Tensor:
+        """`(B, C, H)` -> latents `(B, C, D)`. A head that reads noise gets fresh noise, or its centre without
+        `sample_noise`."""
+        noise = None
+        if sample_noise and self.head.noise_size:
+            noise = self.head.draw_noise(condition.shape[:-1], condition)
+        return self.head.sample(condition, noise)
+
+    def _decode_parallel(self, latents: torch.Tensor) -> torch.Tensor:
+        """`(B, C, D)` -> `(B, C * K, hidden_size of the codec)`, one vector per token."""
+        decoder = self.decoder if self.config.train_decoder else self.autoencoder.decoder
+        return decoder(latents.to(decoder.from_latent.weight.dtype)).flatten(1, 2)
+
+    # -- forward
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        patch_offset: int | None = None,
+        sample_noise: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        loss_weights: Mapping[str, float] | None = None,
+        distillation: TokenLoss | None = None,
+        output_logits: bool = True,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ) -> LatentForgeOutput:
+        """Predict the next token at every position.
+
+        Args:
+            input_ids: `(B, T)`; with a filled cache, only the new tokens.
+            attention_mask: `(B, T)`, or `(B, past + T)` with a cache. Leading zeros are padding; zeros inside a row
+                read as a learned mask.
+            past_key_values: a [`LatentForgeCache`], or an empty cache for the backbone, which is then wrapped.
+            labels: `(B, T)` unshifted ids, -100 where nothing is to be learned.
+            logits_to_keep: only the last so many positions get logits; 0 means all.
+            patch_offset: parallel decoders: places missing left of the first patch, 0 to K - 1. Default: the grid ends
+                with the row.
+            sample_noise: whether a head that reads noise gets random noise (default: in training) or its centre.
+            num_items_in_batch: predicted tokens that all losses are divided by; default, those of this batch.
+            loss_weights: weight of each part, `ce`, `kd`, `mse`, `energy`. Default: `ce`, for an energy head `energy`,
+                and both with an autoregressive decoder.
+            distillation: teacher's loss per token (nats), see `modeling_token_loss`; part `kd`. Its index points into
+                the flattened `(B * T)` positions.
+            output_logits: False, with labels: logits are never made whole.
+
+        `loss` sums parts in nats per token; `mse` is the mean over D of the squared error to the codec's mean,
+        `energy` the energy score, both of a patch and weighted by its predicted tokens.
+
+        Raises:
+            ValueError: `inputs_embeds`, an unknown loss part, `kd` without `distillation`, `energy` without an energy
+                head, a foreign filled cache.
+        """
+        if inputs_embeds is not None:
+            raise ValueError(
+                "LatentForge reads patches of token ids: `inputs_embeds` is not possible, pass `input_ids`."
+            )
+        sample_noise = self.training if sample_noise is None else sample_noise
+        # Trainer switches off only the top config's use_cache: no cache is built while learning
+        use_cache = (
+            (past_key_values is not None or (labels is None and not self.training)) if use_cache is None else use_cache
+        )
+        if use_cache and labels is None:
+            cache = self._as_latentforge_cache(past_key_values)
+            if cache.seq_length:
+                return self._forward_cached(input_ids, attention_mask, cache, logits_to_keep, sample_noise)
+        else:
+            cache = None
+
+        length = input_ids.shape[1]
+        grid = self._lay_out(input_ids, attention_mask, patch_offset)
+        conditions, patch_mask = self._conditions(grid, None if cache is None else cache.backbone, cache is not None)
+        if self.config.decoder_type == "autoregressive":
+            latents = self.sample_latents(conditions, sample_noise)
+            hidden, windows, memory = self.decoder(grid.input_ids, grid.mask, latents, conditions)
+            if cache is not None:
+                self._fill_cache(cache, grid, length, latents, windows, memory)
+        elif cache is not None and logits_to_keep == 1:
+            latents = self.sample_latents(conditions[:, -1:], sample_noise)
+            hidden = None
+            self._fill_parallel_cache(cache, grid, length, self._decode_parallel(latents), patch_mask)
+        else:
+            latents = self.sample_latents(conditions, sample_noise)
+            vectors = self._decode_parallel(latents)
+            hidden = vectors[:, 1 : grid.input_ids.shape[1] + 1]  # place t predicts token t + 1
+            if cache is not None:
+                self._fill_parallel_cache(cache, grid, length, vectors[:, -self.config.patch_size :], patch_mask)
+
+        output = LatentForgeOutput(past_key_values=cache)
+        if hidden is None:
+            output.logits = cache.patch_logits[:, grid.input_ids.shape[1] % self.config.patch_size, None]
+            return output
+        hidden = self._off_grid(hidden, grid, length)
+        if labels is not None:
+            output.loss, output.loss_components = self._losses(
+                hidden, conditions, latents, grid, labels, num_items_in_batch, loss_weights, distillation
+            )
+        if output_logits or labels is None:
+            output.logits = self.get_output_embeddings()(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        return output
+
+    def _losses(self, hidden, conditions, latents, grid, labels, num_items, weights, distillation):
+        has_energy = self.config.head_config.head_type == "energy"
+        if weights is None:
+            weights = {"energy": 1.0} if has_energy else {}
+            if not has_energy or self.config.decoder_type == "autoregressive":
+                weights["ce"] = 1.0
+        unknown = set(weights) - set(LOSS_PARTS)
+        if unknown:
+            raise ValueError(f"Unknown loss parts {sorted(unknown)}; known are {list(LOSS_PARTS)}.")
+        if weights.get("kd") and distillation is None:
+            raise ValueError(
+                f"The loss part `kd` has weight {weights['kd']} but no `distillation` was passed: it needs a teacher."
+            )
+        if weights.get("energy") and not has_energy:
+            raise ValueError(
+                f"The loss part `energy` has weight {weights['energy']} but the head is "
+                f"`{self.config.head_config.head_type}`."
+            )
+
+        # nothing predicts a row's first token
+        labels = labels.clone()
+        labels[:, 0] = -100
+        if not isinstance(grid.shift, int):
+            labels.scatter_(1, grid.shift.clamp(max=labels.shape[1] - 1)[:, None], -100)
+        if num_items is None:
+            num_items = (labels != -100).sum().clamp(min=1)
+        components = {}
+        loss = 0.0
+        if weights.get("ce") or weights.get("kd"):
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            distillation = distillation if weights.get("kd") else None
+            total, ce, kd = token_loss(
+                hidden.flatten(0, 1),
+                self.get_output_embeddings().weight,
+                targets.flatten(),
+                weights.get("ce", 0.0),
+                distillation,
+                weights.get("kd", 0.0),
+            )
+            loss = loss + total / num_items
+            components["ce"] = ce / num_items
+            if distillation is not None:
+                components["kd"] = kd / num_items
+
+        if weights.get("mse") or weights.get("energy"):
+            patch_size, num_patches = self.config.patch_size, grid.input_ids.shape[1] // self.config.patch_size
+            whole = num_patches * patch_size
+            tokens_per_patch = (
+                self._on_grid(labels, grid, -100)[:, :whole].unflatten(1, (-1, patch_size)) != -100
+            ).sum(-1)  # (B, N)
+            with torch.no_grad():
+                target = self.autoencoder.encode(grid.input_ids[:, :whole])
+            if weights.get("mse"):
+                error = (latents[:, :num_patches].float() - target.mean.float()).square().mean(-1)  # (B, N)
+                components["mse"] = (error * tokens_per_patch).sum() / num_items
+                loss = loss + weights["mse"] * components["mse"]
+            if weights.get("energy"):
+                score = self.head.loss(
+                    conditions[:, :num_patches].flatten(0, 1), target.mean.flatten(0, 1), target.log_std.flatten(0, 1)
+                )
+                components["energy"] = (score * tokens_per_patch.flatten()).sum() / num_items
+                loss = loss + weights["energy"] * components["energy"]
+        if not components:
+            raise ValueError(f"All loss weights are zero: {dict(weights)}.")
+        return loss, {name: value.detach() for name, value in components.items()}
+
+    # -- cache
+
+    def _as_latentforge_cache(self, cache: Cache | None) -> LatentForgeCache:
+        if isinstance(cache, LatentForgeCache):
+            return cache
+        if cache is None:
+            cache = DynamicCache(config=self.config.backbone_config)
+        elif int(cache.get_seq_length()) > 0:
+            raise ValueError(
+                f"`past_key_values` is a {type(cache).__name__} of {int(cache.get_seq_length())} positions, made by another "
+                "model: pass the cache that this model returned, or an empty one."
+            )
+        return LatentForgeCache(cache)
+
+    def _begin_cache(self, cache: LatentForgeCache, grid: Grid, length: int, lengths: list[int]) -> torch.Tensor:
+        """What both decoders remember; returns `lengths` as `(B,)`."""
+        patch_size, device = self.config.patch_size, grid.input_ids.device
+        cache.seq_length, cache.lengths = length, lengths
+        counts = torch.tensor(lengths, device=device)
+        cache.num_patches = (counts // patch_size)[:, None]
+        places = cache.num_patches * patch_size + torch.arange(patch_size, device=device)
+        places = places.clamp(max=grid.input_ids.shape[1] - 1)
+        cache.pending_ids = grid.input_ids.gather(1, places)
+        cache.pending_mask = None if grid.mask is None else grid.mask.gather(1, places)
+        return counts
+
+    def _fill_cache(self, cache, grid, length, latents, windows, memory) -> None:
+        batch, device, patch_size = grid.input_ids.shape[0], grid.input_ids.device, self.config.patch_size
+        lengths = (
+            [length] * batch if isinstance(grid.shift, int) else [length - shift for shift in grid.shift.tolist()]
+        )
+        counts = self._begin_cache(cache, grid, length, lengths)
+        keep = self.config.decoder_window - 1
+        if not cache.is_ragged:
+            lengths = lengths[0]
+            cache.windows = [
+                (key[:, :, max(0, lengths - keep) : lengths], value[:, :, max(0, lengths - keep) : lengths])
+                for key, value in windows
+            ]
+            current = latents[:, lengths // patch_size, None]
+            if memory is not None:
+                cache.memory = tuple(x[:, :, : lengths // patch_size + 1] for x in memory)
+        else:
+            # the last W - 1 tokens of each row, right-aligned; shorter rows have gaps on the left
+            places = counts[:, None] - keep + torch.arange(keep, device=device)  # (B, W - 1)
+            cache.window_mask = places >= 0
+            index = places.clamp(min=0)[:, None, :, None]
+            cache.windows = [
+                tuple(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in pair) for pair in windows
+            ]
+            current = latents.gather(1, cache.num_patches[..., None].expand(-1, -1, latents.shape[-1]))
+            # rows with fewer patches have garbage in the backbone's last slots
+            slots = torch.arange(latents.shape[1], device=device)
+            cache.patch_mask = slots[:-1] < cache.num_patches
+            if memory is not None:
+                cache.memory = memory
+                cache.memory_mask = slots <= cache.num_patches
+        cache.latent_embeds = self.decoder.embed_latents(current)
+
+    def _fill_parallel_cache(self, cache, grid, length, vectors, patch_mask) -> None:
+        self._begin_cache(cache, grid, length, [grid.input_ids.shape[1]] * grid.input_ids.shape[0])
+        if patch_mask is not None:
+            cache.patch_mask = patch_mask
+            cache.num_patches = patch_mask.long().sum(1, keepdim=True)
+        cache.patch_logits = self.get_output_embeddings()(vectors)
+
+    def _forward_cached(self, input_ids, attention_mask, cache, logits_to_keep, sample_noise) -> LatentForgeOutput:
+        mask = None
+        if attention_mask is not None:
+            mask = attention_mask[:, -input_ids.shape[1] :].bool()
+        logits = []
+        for column in range(input_ids.shape[1]):
+            token_mask = None if mask is None else mask[:, column]
+            logits.append(self._step(input_ids[:, column], token_mask, cache, sample_noise))
+        return LatentForgeOutput(logits=torch.cat(logits[-logits_to_keep:], dim=1), past_key_values=cache)
+
+    def _step(
+        self, token: torch.Tensor, mask: torch.Tensor | None, cache: LatentForgeCache, sample_noise: bool
+    ) -> torch.Tensor:
+        """One token of each row, `(B,)` -> logits `(B, 1, V)`."""
+        patch_size = self.config.patch_size
+        if mask is not None:
+            token = token.masked_fill(~mask, self._filler)
+            if cache.pending_mask is None:
+                cache.pending_mask = torch.ones_like(cache.pending_ids, dtype=torch.bool)
+        ragged = cache.is_ragged
+        positions = torch.tensor(cache.lengths, device=token.device)  # (B,)
+        places = positions[:, None] % patch_size
+        cache.pending_ids = cache.pending_ids.scatter(1, places, token[:, None])
+        if cache.pending_mask is not None:
+            new = torch.ones_like(places, dtype=torch.bool) if mask is None else mask[:, None]
+            cache.pending_mask = cache.pending_mask.scatter(1, places, new)
+        cache.lengths = [length + 1 for length in cache.lengths]
+        cache.seq_length += 1
+        complete = [length % patch_size == 0 for length in cache.lengths]
+
+        if any(complete):
+            completed = torch.tensor(complete, device=token.device)[:, None]  # (B, 1)
+            embeds = self._embed_patches(
+                cache.pending_ids[:, None], None if cache.pending_mask is None else cache.pending_mask[:, None]
+            )
+            if cache.patch_mask is not None:
+                filled = completed
+                if self.config.decoder_type == "parallel" and cache.pending_mask is not None:
+                    filled = completed & cache.pending_mask.any(1, keepdim=True)
+                cache.patch_mask = torch.cat([cache.patch_mask, filled], dim=1)
+            elif ragged:
+                raise AssertionError("a ragged cache has a patch mask from its prompt on")
+            patch_mask = None if cache.patch_mask is None else cache.patch_mask.long()
+            condition = self.model(embeds, patch_mask, cache.num_patches, cache.backbone, use_cache=True)  # (B, 1, H)
+            cache.num_patches = cache.num_patches + completed
+            latents = self.sample_latents(condition, sample_noise)
+            if self.config.decoder_type == "parallel":
+                cache.patch_logits = self.get_output_embeddings()(self._decode_parallel(latents))
+            else:
+                latent_embeds = self.decoder.embed_latents(latents)
+                cache.latent_embeds = (
+                    torch.where(completed[..., None], latent_embeds, cache.latent_embeds) if ragged else latent_embeds
+                )
+                if cache.memory is not None:
+                    new = self.decoder.memory_of(condition, cache.num_patches[:, None])
+                    cache.memory = tuple(torch.cat(pair, dim=2) for pair in zip(cache.memory, new, strict=True))
+                    if cache.memory_mask is not None:
+                        cache.memory_mask = torch.cat([cache.memory_mask, completed], dim=1)
+
+        if self.config.decoder_type == "parallel":
+            return cache.patch_logits[:, cache.lengths[0] % patch_size, None]
+
+        window_mask = None
+        if cache.window_mask is not None:
+            seen = torch.cat([cache.window_mask, torch.ones_like(cache.window_mask[:, :1])], dim=1)
+            window_mask, cache.window_mask = seen[:, None, None], seen[:, 1:]
+        memory_mask = None if cache.memory_mask is None else cache.memory_mask[:, None, None]
+        hidden, cache.windows = self.decoder.step(
+            token, mask, cache.latent_embeds, positions, cache.windows, window_mask, cache.memory, memory_mask
+        )
+        return self.lm_head(hidden)
+
+
+__all__ = ["LatentForgeForCausalLM", "LatentForgeModel", "LatentForgeOutput", "LatentForgePreTrainedModel"]

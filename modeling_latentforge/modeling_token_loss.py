@@ -1,0 +1,119 @@
+"""Token losses through an output matrix, without ever holding (tokens, vocabulary) logits.
+
+M tokens, H hidden, V vocabulary. One chunk of logits exists at a time; its gradient is taken while it exists, so
+nothing is recomputed in the backward pass (three matrix products per chunk, as many as a plain linear + cross-entropy
+needs).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+# Logits alive at once, in elements: 2^24 fp32 values are 64 MB, and as much again for their gradient.
+CHUNK_ELEMENTS = 2**24
+
+# (logits (C, V) fp32, index (C,) into the M tokens) -> per-token loss (C,)
+TokenLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def chunk_tokens(vocab_size: int) -> int:
+    """Number of tokens whose logits are held at once."""
+    return max(1, CHUNK_ELEMENTS // vocab_size)
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, ce_weight, distillation, distillation_weight):
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = (
+            torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if need_weight else None
+        )
+        sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        ce_sum, kd_sum = torch.zeros(2, dtype=sum_dtype, device=hidden.device)
+
+        step = chunk_tokens(vocab_size)
+        for start in range(0, num_tokens, step):
+            chunk, target = hidden[start : start + step], targets[start : start + step]
+            logits = nn.functional.linear(chunk, weight).to(sum_dtype)
+            valid = target != -100
+            grad_logits = None
+
+            if distillation is not None:
+                index = torch.arange(start, start + chunk.shape[0], device=hidden.device)
+                with torch.enable_grad():
+                    leaf = logits.detach().requires_grad_(need_hidden or need_weight)
+                    kd = (distillation(leaf, index) * valid).sum()
+                kd_sum += kd.detach()
+                if leaf.requires_grad and distillation_weight:
+                    (grad_logits,) = torch.autograd.grad(kd, leaf)
+                    grad_logits.mul_(distillation_weight)
+
+            log_normaliser = logits.logsumexp(-1)
+            safe_target = target.masked_fill(~valid, 0)
+            ce_sum += ((log_normaliser - logits.gather(1, safe_target[:, None])[:, 0]) * valid).sum()
+            if (need_hidden or need_weight) and ce_weight:
+                scale = valid.to(sum_dtype) * ce_weight
+                probs = logits.sub_(log_normaliser[:, None]).exp_().mul_(scale[:, None])
+                probs.scatter_add_(1, safe_target[:, None], -scale[:, None])
+                grad_logits = probs if grad_logits is None else grad_logits.add_(probs)
+
+            if grad_logits is None:
+                if need_hidden:
+                    grad_hidden[start : start + step] = 0
+                continue
+            grad_logits = grad_logits.to(weight.dtype)
+            if need_hidden:
+                grad_hidden[start : start + step] = grad_logits @ weight
+            if need_weight:
+                if grad_weight.dtype == chunk.dtype == grad_logits.dtype and not torch.is_autocast_enabled(
+                    chunk.device.type
+                ):
+                    grad_weight.addmm_(grad_logits.t(), chunk)
+                else:
+                    grad_weight += grad_logits.t() @ chunk.to(grad_logits.dtype)
+
+        total = ce_weight * ce_sum + distillation_weight * kd_sum
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(ce_sum, kd_sum)
+        return total, ce_sum, kd_sum
+
+    @staticmethod
+    def backward(ctx, grad_total, *_):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def token_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    ce_weight: float = 1.0,
+    distillation: TokenLoss | None = None,
+    distillation_weight: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy, and optionally a teacher's loss, summed over tokens.
+
+    Args:
+        hidden: `(M, H)`, the vectors that `weight` turns into logits.
+        weight: `(V, H)`, the output matrix.
+        targets: `(M,)` token ids; -100 counts for nothing, in either loss.
+        ce_weight, distillation_weight: factors of the two sums in `total`.
+        distillation: per-token loss of one chunk of logits, differentiated by autograd; `index` tells which of the M
+            tokens it sees.
+
+    Returns:
+        `(total, ce_sum, kd_sum)`, scalars in nats. Only `total` carries a gradient, to `hidden` and `weight`.
+
+    Gradients equal those of `F.cross_entropy(hidden @ weight.T, targets, reduction="sum")` up to rounding. The result
+    cannot be differentiated twice.
+    """
+    return _TokenLoss.apply(hidden, weight, targets, float(ce_weight), distillation, float(distillation_weight))

@@ -1,0 +1,65 @@
+import os
+import subprocess
+import sys
+
+import torch
+
+from tests.conftest import text_batch, tiny_autoencoder, tiny_student
+
+
+# `-I` hides the repository and PYTHONPATH; an editable install needs its names blocked
+BLOCK = """
+import importlib.abc, sys
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("modeling_latentforge", "trainers"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+"""
+LOAD = """
+import sys, torch
+assert not [p for p in sys.path if p == {root!r}], sys.path
+try:
+    import modeling_latentforge
+except ImportError:
+    pass
+else:
+    raise SystemExit("modeling_latentforge is importable: the test would prove nothing")
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+ids = torch.load({ids!r})
+codec = AutoModel.from_pretrained({codec!r}, trust_remote_code=True)
+student = AutoModelForCausalLM.from_pretrained({student!r}, trust_remote_code=True)
+again = AutoModel.from_pretrained({student!r}, trust_remote_code=True)
+assert AutoConfig.from_pretrained({student!r}, trust_remote_code=True).patch_size == 4
+torch.save([codec(ids).logits, student(ids).logits, again(ids).logits, student.generate(ids, max_new_tokens=6,
+do_sample=False)], {out!r})
+"""
+
+
+def test_checkpoints_load_where_the_package_is_not_installed(tmp_path):
+    """Whoever finds a model on the Hub has nothing of ours installed."""
+    root = os.getcwd()
+    codec, student, ids = tiny_autoencoder(), tiny_student(), text_batch(2, 12)
+    codec.save_pretrained(tmp_path / "codec")
+    student.save_pretrained(tmp_path / "student")
+    torch.save(ids, tmp_path / "ids.pt")
+    code = LOAD.format(
+        root=root,
+        **{name: str(tmp_path / name) for name in ("codec", "student")},
+        ids=str(tmp_path / "ids.pt"),
+        out=str(tmp_path / "out.pt"),
+    )
+    env = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", BLOCK + code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    codec_logits, student_logits, again_logits, generated = torch.load(tmp_path / "out.pt")
+    assert torch.equal(codec_logits, codec(ids).logits)
+    assert torch.equal(student_logits, student(ids).logits) and torch.equal(again_logits, student_logits)
+    assert torch.equal(generated, student.generate(ids, max_new_tokens=6, do_sample=False))
