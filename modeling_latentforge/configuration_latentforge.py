@@ -5,7 +5,6 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_autoencoder import LatentForgeAutoencoderConfig
 
@@ -52,6 +51,19 @@ class LatentHeadConfig(PreTrainedConfig):
                 )
 
 
+def _build_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+    if isinstance(config, PreTrainedConfig):
+        return config
+    fields = dict(config or {})
+    model_type = fields.pop("model_type", "llama")
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except ValueError as error:
+        raise ValueError(
+            f"`backbone_config.model_type` {model_type!r} is no decoder that this transformers knows: {error}"
+        ) from error
+
+
 @strict
 class LatentForgeConfig(PreTrainedConfig):
     """Shape of [`LatentForgeForCausalLM`].
@@ -83,10 +95,11 @@ class LatentForgeConfig(PreTrainedConfig):
 
     model_type = "latentforge"
     keys_to_ignore_at_inference = ["past_key_values", "loss_components"]
-    sub_configs_defaults = {
-        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
-        "autoencoder_config": SubConfigSpec(config_class=LatentForgeAutoencoderConfig),
-        "head_config": SubConfigSpec(config_class=LatentHeadConfig),
+    # built in __post_init__: transformers changed how it builds nested configs between 5.19 and 5.23
+    sub_configs = {
+        "backbone_config": AutoConfig,
+        "autoencoder_config": LatentForgeAutoencoderConfig,
+        "head_config": LatentHeadConfig,
     }
 
     backbone_config: dict | PreTrainedConfig | None = None
@@ -110,9 +123,11 @@ class LatentForgeConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        if isinstance(self.backbone_config, dict):
-            # the key "backbone_config" has no model_type fallback in transformers 5
-            self.backbone_config.setdefault("model_type", "llama")
+        self.backbone_config = _build_backbone_config(self.backbone_config)
+        for name, kind in (("autoencoder_config", LatentForgeAutoencoderConfig), ("head_config", LatentHeadConfig)):
+            value = getattr(self, name)
+            if value is None or isinstance(value, dict):
+                setattr(self, name, kind(**(value or {})))
         super().__post_init__(**kwargs)
         if self.decoder_hidden_size is None:
             self.decoder_hidden_size = self.backbone_config.hidden_size
