@@ -561,8 +561,8 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             cache = DynamicCache(config=self.config.backbone_config)
         elif int(cache.get_seq_length()) > 0:
             raise ValueError(
-                f"`past_key_values` is a {type(cache).__name__} of {int(cache.get_seq_length())} positions, made by another "
-                "model: pass the cache that this model returned, or an empty one."
+                f"`past_key_values` is a {type(cache).__name__} of {int(cache.get_seq_length())} positions, made by "
+                "another model: pass the cache that this model returned, or an empty one."
             )
         return LatentForgeCache(cache)
 

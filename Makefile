@@ -1,0 +1,151 @@
+# Every target sets itself up: it creates .venv with PYTHON, installs the package, and then runs.
+# `make help` lists the targets and the variables.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# What pip installs before the package. The default is the version the project is tested with; the choice is remembered
+# in the environment, so that it is made once: `make setup TORCH=torch==2.9.1`.
+TORCH ?= $(shell cat $(VENV)/.torch 2>/dev/null || echo torch==2.13.0)
+
+# -- variables of the training targets (names of the first LatentForge)
+DATA ?= builtin:python
+K ?= 8
+D ?= 1024
+# empty: what the recipe says
+EPOCHS ?=
+BATCH_SIZE ?=
+STEPS ?=
+TEACHER ?=
+KD_W ?= 1.0
+MSE_W ?= 1.0
+CE_W ?= 1.0
+PROMPT ?= def main(
+MAX_TOKENS ?= 128
+MAX_NEW_TOKENS ?= $(MAX_TOKENS)
+TEMP ?= 0.8
+CHECKPOINTS ?= checkpoints
+# flags that are not variables here: $(RECIPE)_autoencoder.yaml, $(RECIPE)_student.yaml
+RECIPE ?= scripts/configs/seed
+TOPIC ?= main
+ROW ?=
+
+# Without a teacher of your own, a small token model is trained and distilled; with one, its tokenizer is everybody's.
+TEACHER_MODEL = $(or $(TEACHER),$(CHECKPOINTS)/teacher)
+TOKENIZER = $(or $(TEACHER),$(CHECKPOINTS)/tokenizer)
+LENGTH = $(if $(EPOCHS),--num_train_epochs "$(EPOCHS)") $(if $(STEPS),--max_steps "$(STEPS)") \
+	$(if $(BATCH_SIZE),--per_device_train_batch_size "$(BATCH_SIZE)")
+
+# text a person types reaches the shell as environment, whatever quotes and dollars it holds
+export DATA_TEXT := $(value DATA)
+export PROMPT_TEXT := $(value PROMPT)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# -- environment
+
+.PHONY: setup
+setup: $(VENV)/.installed ## create .venv and install (TORCH=... for another torch build)
+
+.PHONY: remember-torch
+remember-torch: $(BIN)/python
+	@printf '%s\n' '$(TORCH)' | cmp -s - $(VENV)/.torch || printf '%s\n' '$(TORCH)' > $(VENV)/.torch
+
+$(VENV)/.torch: remember-torch ;
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 10) else "LatentForge needs Python 3.10 or newer, $(PYTHON) is %d.%d: pass PYTHON=python3.12, say" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.cfg pyproject.toml $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet $(foreach word,$(TORCH),'$(word)')
+	$(BIN)/python -m pip install --quiet --editable '.[train,dev]'
+	@touch $@
+
+# -- the journey
+
+.PHONY: demo
+demo: setup ## train codec, teacher and students in 12 minutes on 2 cores, and report; DATA= K= D= TEACHER= for your own
+	$(BIN)/python scripts/demo.py $(if $(filter-out file default,$(origin DATA)),--data "$$DATA_TEXT") \
+		$(if $(filter-out file default,$(origin K)),--patch_size "$(K)") \
+		$(if $(filter-out file default,$(origin D)),--latent_size "$(D)") \
+		$(if $(TEACHER),--teacher "$(TEACHER)")
+
+.PHONY: toy
+toy: setup ## write a toy data set, data/toy.jsonl
+	$(BIN)/python scripts/make_toy_data.py --output data/toy.jsonl
+
+.PHONY: train-ae
+train-ae: setup $(if $(TEACHER),,$(CHECKPOINTS)/tokenizer/tokenizer.json) ## train the codec (DATA K D EPOCHS BATCH_SIZE STEPS)
+	$(BIN)/python scripts/train_autoencoder.py --config $(RECIPE)_autoencoder.yaml \
+		--data "$$DATA_TEXT" --tokenizer "$(TOKENIZER)" --output_dir $(CHECKPOINTS)/ae \
+		--patch_size "$(K)" --latent_size "$(D)" $(LENGTH)
+
+.PHONY: train-student
+train-student: setup $(CHECKPOINTS)/ae/config.json $(if $(TEACHER),,$(CHECKPOINTS)/teacher/config.json) ## train the student (DATA TEACHER KD_W MSE_W CE_W EPOCHS BATCH_SIZE STEPS)
+	$(BIN)/python scripts/train_student.py --config $(RECIPE)_student.yaml \
+		--data "$$DATA_TEXT" --autoencoder $(CHECKPOINTS)/ae --teacher "$(TEACHER_MODEL)" --output_dir $(CHECKPOINTS)/student \
+		--kd_weight "$(KD_W)" --mse_weight "$(MSE_W)" --ce_weight "$(CE_W)" $(LENGTH)
+
+.PHONY: infer
+infer: setup $(CHECKPOINTS)/student/config.json ## continue a text (PROMPT MAX_NEW_TOKENS TEMP)
+	$(BIN)/python scripts/infer.py --model $(CHECKPOINTS)/student --prompt "$$PROMPT_TEXT" \
+		--max_new_tokens "$(MAX_NEW_TOKENS)" --temperature "$(TEMP)"
+
+# what is missing is made, what is there is kept: train anew with `make train-ae` or `make train-student`
+$(CHECKPOINTS)/tokenizer/tokenizer.json: | setup
+	$(BIN)/python scripts/train_tokenizer.py --data "$$DATA_TEXT" --output_dir $(CHECKPOINTS)/tokenizer
+
+$(CHECKPOINTS)/teacher/config.json: | setup $(CHECKPOINTS)/tokenizer/tokenizer.json
+	$(BIN)/python scripts/train_teacher.py --data "$$DATA_TEXT" --tokenizer $(CHECKPOINTS)/tokenizer \
+		--output_dir $(CHECKPOINTS)/teacher --patch_size "$(K)" $(LENGTH)
+
+$(CHECKPOINTS)/ae/config.json:
+	$(MAKE) train-ae
+
+$(CHECKPOINTS)/student/config.json:
+	$(MAKE) train-student
+
+# -- proof
+
+.PHONY: test
+test: setup ## the quick suite
+	$(BIN)/python -m pytest -q
+
+.PHONY: test-fast
+test-fast: setup ## the parts alone: no scripts, no processes
+	$(BIN)/python -m pytest -q --timeout 60 --ignore tests/scripts
+
+.PHONY: test-e2e
+test-e2e: setup ## the scripts from text to generation, in processes of their own
+	$(BIN)/python -m pytest -q -m "not gpu" tests/scripts
+
+.PHONY: test-slow
+test-slow: setup ## only the tests that take longer than half a minute
+	$(BIN)/python -m pytest -q -m "slow and not gpu" --timeout 1800
+
+.PHONY: check
+check: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.PHONY: coverage
+coverage: setup ## the quick suite with line coverage of both packages; fails below 90 %
+	$(BIN)/python -m pytest -q --cov --cov-report term --cov-fail-under 90
+
+.PHONY: verify
+verify: setup ## measure the targets of a topic (TOPIC ROW) and say which fall short
+	$(BIN)/python scripts/verify.py --topic "$(TOPIC)" $(if $(ROW),--row "$(ROW)")
+
+.PHONY: clean
+clean: ## remove caches and what the targets trained; .venv and results/ stay
+	rm -rf $(CHECKPOINTS) runs data/toy.jsonl build *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage htmlcov
+	find modeling_latentforge trainers scripts tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  variables      DATA=$$DATA_TEXT K=$(K) D=$(D) EPOCHS=$(EPOCHS) BATCH_SIZE=$(BATCH_SIZE) STEPS=$(STEPS) TEACHER=$(TEACHER)"
+	@echo "                 KD_W=$(KD_W) MSE_W=$(MSE_W) CE_W=$(CE_W) PROMPT=$$PROMPT_TEXT MAX_NEW_TOKENS=$(MAX_NEW_TOKENS) TEMP=$(TEMP) TORCH=$(TORCH)"

@@ -1,0 +1,211 @@
+"""Train a student around a trained codec, on text, on a teacher's distributions, or both.
+
+    python scripts/train_student.py --data builtin:python --autoencoder checkpoints/ae --output_dir checkpoints/student
+    \\
+        --teacher runs/demo/teacher --hidden_size 256 --num_hidden_layers 4 --num_attention_heads 4 --intermediate_size
+        768 \\ --max_steps 2000 --learning_rate 1e-3
+    python scripts/train_student.py --config scripts/configs/seed_student.yaml --data corpus.jsonl --autoencoder
+    checkpoints/ae \\
+        --teacher meta-llama/Llama-3.2-1B --output_dir checkpoints/student --bf16
+    python scripts/train_student.py --data corpus.jsonl --autoencoder checkpoints/ae --teacher Qwen/Qwen3-0.6B-Base \\
+        --init_from_teacher --layers 0,2,4,6,8,10,12,14 --lora_r 16 --output_dir checkpoints/student
+    accelerate launch scripts/train_student.py ...          (or torchrun --nproc_per_node N; same flags)
+
+The tokenizer is the codec's. Writes the model with the codec inside, the tokenizer, `eval_results.json` and
+`trainer_state.json` (the log) to `--output_dir`; `AutoModelForCausalLM.from_pretrained` loads it. With `--lora_r` the
+adapter is merged into that model, and kept in `adapter/`.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class StudentArguments:
+    """What the student is made of; see `LatentForgeConfig`."""
+
+    autoencoder: str = field(metadata={"help": "The trained codec: a directory or Hub id with model and tokenizer."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "Causal LM with the codec's tokenizer: directory or Hub id."}
+    )
+    teacher_dtype: str = field(default="auto", metadata={"help": "Of the teacher's weights: auto, float32, bfloat16."})
+    init_from_teacher: bool = field(default=False, metadata={"help": "Start the backbone from the teacher's layers."})
+    layers: str | None = field(
+        default=None, metadata={"help": "With init_from_teacher: which layers, as 0,2,4. Default: all."}
+    )
+    lora_r: int = field(
+        default=0, metadata={"help": "With init_from_teacher: train the backbone by LoRA of this rank only."}
+    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "Default: 2 x lora_r."})
+    lora_dropout: float = 0.0
+
+    architecture: Literal["llama", "qwen3", "gpt_neox"] = field(
+        default="llama", metadata={"help": "Of a new backbone."}
+    )
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = field(default=None, metadata={"help": "Default: num_attention_heads."})
+    intermediate_size: int = 2048
+    input_mode: Literal["tokens", "latents"] = field(
+        default="tokens", metadata={"help": "How a patch enters the backbone."}
+    )
+
+    head_type: Literal["regression", "energy"] = "regression"
+    num_head_layers: int = field(default=1, metadata={"help": "Residual blocks of the head."})
+    decoder_type: Literal["autoregressive", "parallel"] = "autoregressive"
+    train_decoder: bool = field(default=False, metadata={"help": "parallel: train a copy of the codec's decoder."})
+    num_decoder_layers: int = 1
+    decoder_hidden_size: int | None = field(default=None, metadata={"help": "Default: the backbone's."})
+    decoder_intermediate_size: int | None = None
+    decoder_num_heads: int | None = None
+    decoder_window: int | None = field(
+        default=None, metadata={"help": "Tokens that the decoder sees. Default: 2 patches."}
+    )
+    decoder_memory: Literal["none", "patches"] = field(
+        default="patches", metadata={"help": "Attend to earlier patch states."}
+    )
+    decoder_output_size: int | None = field(
+        default=None, metadata={"help": "Width of the output matrix; smaller is low-rank."}
+    )
+    tie_word_embeddings: bool | None = field(
+        default=None, metadata={"help": "Default: unless decoder_output_size forbids it."}
+    )
+
+    def __post_init__(self):
+        if self.init_from_teacher and self.teacher is None:
+            raise ValueError(
+                "init_from_teacher is set but there is no teacher: pass --teacher, or drop it for a new backbone."
+            )
+        for name in ("layers", "lora_r"):
+            if getattr(self, name) and not self.init_from_teacher:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) is about a pretrained backbone: add --init_from_teacher."
+                )
+        if self.lora_r < 0:
+            raise ValueError(f"lora_r must not be negative, got {self.lora_r}: 0 trains the whole backbone.")
+        if self.layers is not None and not all(part.strip().isdigit() for part in self.layers.split(",")):
+            raise ValueError(f"layers must read like 0,2,4, got {self.layers!r}.")
+
+    def config_kwargs(self) -> dict:
+        """The fields of `LatentForgeConfig` that are given here."""
+        names = (
+            "input_mode decoder_type train_decoder num_decoder_layers decoder_hidden_size decoder_intermediate_size "
+            "decoder_num_heads decoder_window decoder_memory decoder_output_size"
+        )
+        kwargs = {name: getattr(self, name) for name in names.split()}
+        tie = self.tie_word_embeddings
+        kwargs["tie_word_embeddings"] = self.decoder_output_size is None if tie is None else tie
+        kwargs["head_config"] = {"head_type": self.head_type, "num_layers": self.num_head_layers}
+        return kwargs
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Parse, build, train, evaluate, save; returns the final metrics."""
+    from transformers import AutoTokenizer, set_seed
+
+    from modeling_latentforge import LatentForgeAutoencoder
+    from trainers import DataArguments, KDConfig, KDTrainer, PatchCollator, load_blocks, parse_arguments
+    from trainers.teachers import HFTeacher, check_vocabulary
+
+    student_args, data_args, training_args = parse_arguments(
+        StudentArguments, DataArguments, KDConfig, argv=argv, description=__doc__
+    )
+    print(training_args.describe_process(), flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(student_args.autoencoder)
+    codec = LatentForgeAutoencoder.from_pretrained(student_args.autoencoder)
+    if len(tokenizer) > codec.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer in {student_args.autoencoder} has {len(tokenizer)} ids, the codec "
+            f"{codec.config.vocab_size}: they do "
+            "not belong together. Train the codec with this tokenizer."
+        )
+    teacher = None
+    if student_args.teacher is not None:
+        teacher = HFTeacher(student_args.teacher, dtype=student_args.teacher_dtype)
+        teacher.check_tokenizer(tokenizer)
+        check_vocabulary(codec.config.vocab_size, teacher.vocab_size, teacher.num_tokens, student_args.teacher)
+        if training_args.kd_weight == 0:
+            print("kd_weight is 0: the student does not learn from the teacher's distributions.")
+            teacher = None
+
+    train_dataset, eval_dataset = load_blocks(data_args, tokenizer, codec.config.patch_size, training_args.data_seed)
+    set_seed(training_args.seed)
+    model = build_student(student_args, codec, data_args.block_size)
+    trainer = KDTrainer(
+        model=model,
+        args=training_args,
+        teacher=teacher,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=PatchCollator(codec.config.patch_size),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=training_args.checkpoint())
+    metrics = trainer.evaluate()
+    if student_args.lora_r:
+        merge_adapter(model, training_args.output_dir if trainer.is_world_process_zero() else None)
+    trainer.save_model()
+    trainer.save_metrics("eval", metrics)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        print("held-out:", {name: round(value, 6) for name, value in metrics.items() if name.startswith("eval_")})
+    trainer.end()
+    return metrics
+
+
+def build_student(student_args: StudentArguments, codec, block_size: int):
+    """A new backbone, or the teacher's, around `codec`; with `lora_r`, wrapped."""
+    from transformers import AutoConfig
+
+    from modeling_latentforge import LatentForgeForCausalLM
+
+    if not student_args.init_from_teacher:
+        backbone = {
+            "hidden_size": student_args.hidden_size,
+            "num_hidden_layers": student_args.num_hidden_layers,
+            "num_attention_heads": student_args.num_attention_heads,
+            "intermediate_size": student_args.intermediate_size,
+            "max_position_embeddings": max(2048, block_size // codec.config.patch_size),
+            "vocab_size": codec.config.vocab_size,
+        }
+        if student_args.architecture != "gpt_neox":
+            backbone["num_key_value_heads"] = student_args.num_key_value_heads or student_args.num_attention_heads
+            backbone["head_dim"] = student_args.hidden_size // student_args.num_attention_heads
+        backbone_config = AutoConfig.for_model(student_args.architecture, **backbone)
+        return LatentForgeForCausalLM.from_autoencoder(codec, backbone_config, **student_args.config_kwargs())
+
+    layers = None if student_args.layers is None else [int(layer) for layer in student_args.layers.split(",")]
+    model = LatentForgeForCausalLM.from_teacher(
+        student_args.teacher, codec, layers=layers, **student_args.config_kwargs()
+    )
+    if student_args.lora_r:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise ImportError("--lora_r needs peft: pip install 'latentforge[train]'.") from error
+        # The backbone alone is wrapped: everything else is new and trained whole, and peft's copies of whole modules
+        # would untie the output matrix. No task type: peft's causal-LM wrapper passes inputs_embeds a second time.
+        alpha = 2 * student_args.lora_r if student_args.lora_alpha is None else student_args.lora_alpha
+        lora = LoraConfig(
+            r=student_args.lora_r,
+            lora_alpha=alpha,
+            lora_dropout=student_args.lora_dropout,
+            target_modules="all-linear",
+        )
+        model.model.backbone = get_peft_model(model.model.backbone, lora)
+    return model
+
+
+def merge_adapter(model, output_dir: str | None) -> None:
+    """Save the LoRA of the backbone (to `output_dir/adapter`, unless None) and merge it into the weights."""
+    wrapped = model.model.backbone
+    if output_dir is not None:
+        wrapped.save_pretrained(os.path.join(output_dir, "adapter"), save_embedding_layers=False)
+    model.model.backbone = wrapped.merge_and_unload()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.train_student import main
+from tests.conftest import tiny_autoencoder
+from tests.trainers.training_helpers import TEXT, byte_tokenizer, tiny_teacher
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
+    """Means of means, a teacher on the wrong rows, or a launcher that quietly starts one process: each gives a
+    plausible log."""
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT * 6))
+    for name, model in (("codec", tiny_autoencoder()), ("teacher", tiny_teacher())):
+        model.save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+
+    def flags(output, batch_size):
+        return (
+            f"--data {tmp_path}/text.jsonl --autoencoder {tmp_path}/codec --teacher {tmp_path}/teacher "
+            f"--output_dir {tmp_path}/{output} --cache_dir {tmp_path}/cache --block_size 32 --max_train_tokens 2048 "
+            "--max_eval_tokens 352 --hidden_size 32 --intermediate_size 64 --num_hidden_layers 1 "
+            "--num_attention_heads 2 --mse_weight 0.5 --kd_temperature 2 --max_steps 3 --logging_steps 1 "
+            f"--learning_rate 1e-2 --per_device_train_batch_size {batch_size} --per_device_eval_batch_size "
+            f"{batch_size} "
+            "--eval_strategy steps --eval_steps 3 --save_strategy no --disable_tqdm true --use_cpu true"
+        ).split()
+
+    main(flags("one", 4))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    result = subprocess.run(
+        [*launch, str(ROOT / "scripts" / "train_student.py"), *flags("two", 2)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    processes = re.findall(r"process (\d): world_size=(\d) pid=(\d+)", result.stdout)
+    assert sorted(rank for rank, _, _ in processes) == ["0", "1"]
+    assert {size for _, size, _ in processes} == {"2"}
+    assert len({pid for _, _, pid in processes}) == 2
+
+    one, two = (
+        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two")
+    )
+    steps = 0
+    for ours, theirs in zip(two, one, strict=True):
+        names = ["loss", "ce", "kd", "mse", "grad_norm", "eval_loss", "eval_nll", "eval_kd", "eval_mse"]
+        for name in set(names) & set(theirs):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-4), (name, ours.get("step"))
+        steps += "loss" in theirs
+    assert steps == 3 and any("eval_kd" in entry for entry in one)

@@ -1,0 +1,141 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from trainers.losses import dense_kl, sparse_kl
+
+
+def logits(rows: int, vocab: int, scale: float = 3.0) -> torch.Tensor:
+    return scale * torch.randn(rows, vocab)
+
+
+def top(teacher: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    values, ids = teacher.log_softmax(-1).topk(k)
+    return ids, values
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_dense_kl_and_its_gradient_are_zero_where_the_student_agrees(temperature):
+    """A student that has learnt all there is would be pushed away again, by rounding at best."""
+    teacher = logits(50, 300, 10.0)
+    student = (teacher + torch.randn(50, 1)).requires_grad_()  # a shift of all logits changes no distribution
+    loss = dense_kl(student, teacher, temperature)
+    loss.sum().backward()
+    assert loss.shape == (50,) and loss.abs().max() < 1e-5
+    assert student.grad.abs().max() < 1e-6
+
+    student = teacher.clone().requires_grad_()
+    loss = dense_kl(student, teacher, temperature)
+    loss.sum().backward()
+    assert loss.abs().max() < 1e-6 and student.grad.abs().max() < 1e-6
+
+
+def test_dense_kl_is_forward_kl_times_the_temperature_squared():
+    """The reverse direction, or a missing factor, trains quietly towards something else."""
+    student, teacher = logits(7, 11).double(), logits(7, 11).double()
+    p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
+    torch.testing.assert_close(dense_kl(student, teacher, 2.0), 4 * (p * (p.log() - q.log())).sum(-1))
+
+
+def test_dense_kl_takes_ids_that_the_teacher_forbids():
+    """0 * inf is NaN: one forbidden id would wipe out the whole step."""
+    teacher = logits(3, 8)
+    teacher[:, 2] = -torch.inf
+    student = logits(3, 8).requires_grad_()
+    loss = dense_kl(student, teacher)
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(student.grad).all()
+
+
+def test_dense_kl_refuses_shapes_that_would_broadcast():
+    """A teacher's single row would silently teach every token the same distribution."""
+    with pytest.raises(ValueError, match=r"\(4, 9\).*\(1, 9\)"):
+        dense_kl(logits(4, 9), logits(1, 9))
+
+
+def test_sparse_kl_with_every_id_equals_dense_kl():
+    """If the two forms disagree where both know everything, results of two teachers cannot be compared."""
+    teacher, student = logits(20, 40), logits(20, 40).requires_grad_()
+    ids, values = top(teacher, 40)
+    sparse = sparse_kl(student, ids, values)
+    (sparse_grad,) = torch.autograd.grad(sparse.sum(), student)
+    dense = dense_kl(student, teacher)
+    (dense_grad,) = torch.autograd.grad(dense.sum(), student)
+    torch.testing.assert_close(sparse, dense, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sparse_grad, dense_grad, atol=1e-5, rtol=1e-5)
+
+
+def test_sparse_kl_is_the_kl_of_the_top_ids_and_one_bucket():
+    """Dropping the tail, or renormalising the top, teaches a confidence that the teacher never had."""
+    teacher, student = logits(20, 40).double(), logits(20, 40).double()
+    ids, values = top(teacher, 5)
+    p, q = values.exp(), student.softmax(-1).gather(1, ids)
+    p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p, q))
+    torch.testing.assert_close(sparse_kl(student, ids, values), (p * (p / q).log()).sum(-1))
+
+
+def test_sparse_kl_lowers_to_the_teachers_tail_mass():
+    """Optimised freely, the student must end with the teacher's mass outside the top, not with none."""
+    teacher = logits(1, 50, 1.0)
+    ids, values = top(teacher, 4)
+    student = torch.zeros(1, 50, requires_grad=True)
+    optimizer = torch.optim.Adam([student], lr=0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        sparse_kl(student, ids, values).sum().backward()
+        optimizer.step()
+    mass = student.softmax(-1).gather(1, ids).sum()
+    torch.testing.assert_close(mass, values.exp().sum(), atol=1e-3, rtol=0)
+
+
+def test_sparse_kl_pulls_a_student_back_whose_tail_has_underflowed():
+    """log(1 - sum) has no value and no gradient once the sum rounds to 1: an overconfident student would stay so."""
+    student = torch.full((1, 50), -40.0)
+    student[0, 0] = 0.0
+    student.requires_grad_()
+    loss = sparse_kl(student, torch.tensor([[0]]), torch.tensor([[0.5]]).log())
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and loss > 10
+    torch.testing.assert_close(student.grad[0, 0], torch.tensor(0.5), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [[0.0, -9999.0, -9999.0]],  # all mass on one id, the others absent
+        [[float("nan"), -1.0, -2.0]],  # a server's NaN
+        [[-9999.0, -9999.0, -9999.0]],  # nothing at all
+        [[-0.6, -0.8, -5.0]],  # sums to more than one: few digits
+    ],
+)
+def test_sparse_kl_is_finite_at_the_edges(values):
+    """Endpoints write -inf as -9999, clip digits, and skip tokens; one NaN gradient ends a run."""
+    student = logits(1, 9).requires_grad_()
+    loss = sparse_kl(student, torch.tensor([[3, 5, 7]]), torch.tensor(values))
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(student.grad).all()
+    assert loss.item() >= -1e-6
+
+
+def test_absent_entries_change_nothing():
+    """Rows are padded to one k: the padding must not count as an id, whatever stands there."""
+    teacher, student = logits(6, 30), logits(6, 30)
+    ids, values = top(teacher, 4)
+    padded_ids = F.pad(ids, (0, 3), value=12345)
+    padded_values = F.pad(values, (0, 3), value=-9999.0)
+    torch.testing.assert_close(sparse_kl(student, padded_ids, padded_values), sparse_kl(student, ids, values))
+
+
+def test_sparse_kl_refuses_another_temperature():
+    """How the tail spreads at another temperature is unknown; a number would be wrong by nats, without any sign of
+    it."""
+    ids, values = top(logits(2, 9), 3)
+    with pytest.raises(ValueError, match="temperature 2.0.*kd_temperature"):
+        sparse_kl(logits(2, 9), ids, values, temperature=2.0)
+
+
+def test_sparse_kl_refuses_ids_of_another_vocabulary():
+    """A gather out of bounds is a crash on a GPU that takes the process with it."""
+    ids, values = top(logits(2, 30), 3)
+    with pytest.raises(ValueError, match="outside the student's vocabulary of 9"):
+        sparse_kl(logits(2, 9), ids + 9, values)

@@ -1,0 +1,146 @@
+"""`TeacherCallback`: owns a teacher from the first health check to its last word."""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .teachers.base import Teacher, TeacherSignal
+
+
+logger = logging.getLogger(__name__)
+
+SIGNAL_KEY = "teacher_signal"
+
+
+class TeacherCallback(TrainerCallback):
+    """Checks the teacher when training begins, gives every batch its signal, and closes the teacher when training
+    ends, also when it raises.
+
+    [`KDTrainer`] builds one around its `teacher`. The signal arrives in the batch under `teacher_signal`.
+
+    Args:
+        teacher: what to own.
+        prefetch: batches whose signal one thread computes ahead of the training. The signals are the same, and so is
+            the result; it pays where the teacher waits for a network. A local model would only fight the student for
+            the same cores.
+    """
+
+    def __init__(self, teacher: Teacher, prefetch: int = 0):
+        self.teacher = teacher
+        self.prefetch = prefetch
+        self.closed = False
+        self._worker: ThreadPoolExecutor | None = None
+        self._pending: set[Future[TeacherSignal]] = set()
+
+    # -- life
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.closed:
+            raise RuntimeError(
+                "The teacher was closed at the end of an earlier training: build a new teacher and a new trainer."
+            )
+        if hasattr(self.teacher, "to"):
+            self.teacher.to(args.device)
+        self.teacher.check()
+        if self.prefetch:
+            # one thread: a teacher is used from one thread at a time, and answers come in the order of the batches
+            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def on_train_failed(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # the failure of training is what the user must read, not one of closing on top of it
+        try:
+            self.close()
+        except Exception:
+            logger.exception("Closing the teacher failed too.")
+
+    def drain(self) -> None:
+        """Take back the questions that wait, and let the running one finish; its answer, and its failure, is
+        dropped."""
+        for future in list(self._pending):
+            if not future.cancel():
+                future.exception()
+        self._pending.clear()
+
+    def close(self) -> None:
+        """Drain, stop the thread, close the teacher. May be called twice."""
+        if self.closed:
+            return
+        self.closed = True
+        try:
+            self.drain()
+            if self._worker is not None:
+                self._worker.shutdown(wait=True)
+                self._worker = None
+        finally:
+            self.teacher.close()
+
+    # -- batches
+
+    def on_inputs(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        inputs: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        """Put the teacher's signal into `inputs`; after the end of training evaluation goes on without."""
+        if self.closed:
+            return
+        waiting = inputs.get(SIGNAL_KEY)
+        if isinstance(waiting, Future):
+            self._pending.discard(waiting)
+            inputs[SIGNAL_KEY] = waiting.result()
+        elif self._worker is not None:
+            inputs[SIGNAL_KEY] = self._worker.submit(self._ask, inputs).result()
+        else:
+            inputs[SIGNAL_KEY] = self._ask(inputs)
+
+    def look_ahead(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The same batches, each already asked about while the ones before it are trained on."""
+        return LookAhead(batches, self) if self._worker is not None else batches
+
+    def submit(self, batch: dict[str, Any]) -> None:
+        """Ask about `batch` in the thread; [`on_inputs`] waits for the answer."""
+        if self._worker is not None:
+            batch[SIGNAL_KEY] = self._worker.submit(self._ask, batch)
+            self._pending.add(batch[SIGNAL_KEY])
+
+    def _ask(self, inputs: dict[str, Any]) -> TeacherSignal:
+        with torch.no_grad():
+            return self.teacher.signal(inputs["input_ids"], inputs.get("attention_mask"))
+
+
+class LookAhead(Iterator[dict[str, Any]]):
+    """Reads `callback.prefetch` batches further than it gives, and submits each as it is read."""
+
+    def __init__(self, source: Iterator[dict[str, Any]], callback: TeacherCallback):
+        self.source, self.callback = source, callback
+        self._read: list[dict[str, Any]] = []
+        self._exhausted = False
+
+    def __next__(self) -> dict[str, Any]:
+        while not self._exhausted and len(self._read) <= self.callback.prefetch:
+            try:
+                batch = next(self.source)
+            except StopIteration:
+                self._exhausted = True
+                break
+            self.callback.submit(batch)
+            self._read.append(batch)
+        if not self._read:
+            raise StopIteration
+        return self._read.pop(0)

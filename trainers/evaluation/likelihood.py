@@ -1,0 +1,82 @@
+"""How well a causal LM predicts held-out text.
+
+B batch, T tokens.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def held_out_likelihood(
+    model: Any,
+    blocks: Any,
+    tokenizer: Any = None,
+    batch_size: int = 4,
+    max_tokens: int | None = None,
+) -> dict[str, float]:
+    """Nats per predicted token over blocks of text, and bits per byte of that text.
+
+    Every model that is compared must see the same blocks: what counts, labels other than -100 from the second place
+    of a row on, is then the same for all, EOS included.
+
+    Args:
+        model: a causal LM, a student or a token model; put in eval mode for the time of the call.
+        blocks: rows with `input_ids`, `attention_mask`, `labels`, each (T,), as `load_blocks` makes them.
+        tokenizer: gives the text's length in bytes; None leaves bits per byte out.
+        batch_size: rows at once.
+        max_tokens: stop once so many tokens are predicted.
+
+    Returns:
+        `nats_per_token`, `num_tokens`, and with a tokenizer `bits_per_byte` and `num_bytes`.
+
+    Raises:
+        ValueError: no token to predict.
+    """
+    options: dict[str, Any] = {"use_cache": False}
+    if hasattr(model, "autoencoder"):
+        # a student: likelihood alone, and never the logits of all rows at once
+        options |= {"loss_weights": {"ce": 1.0}, "output_logits": False}
+    was_training = model.training
+    model.eval()
+    nats = torch.zeros((), dtype=torch.float64)
+    num_tokens = num_bytes = 0
+    try:
+        for start in range(0, len(blocks), batch_size):
+            rows = blocks[start : start + batch_size]
+            input_ids, attention_mask, labels = (
+                torch.as_tensor(rows[name]).long() for name in ("input_ids", "attention_mask", "labels")
+            )
+            predicted = labels[:, 1:] != -100
+            count = int(predicted.sum())
+            if not count:
+                continue
+            output = model(
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                labels=labels.to(model.device),
+                **options,
+            )
+            nats += output.loss.double().cpu() * count
+            num_tokens += count
+            if tokenizer is not None:
+                num_bytes += sum(
+                    len(_decode(tokenizer, row[seen]).encode())
+                    for row, seen in zip(labels[:, 1:], predicted, strict=True)
+                )
+            if max_tokens is not None and num_tokens >= max_tokens:
+                break
+    finally:
+        model.train(was_training)
+    if not num_tokens:
+        raise ValueError("No token to predict: the blocks are empty, or masked everywhere.")
+    result = {"nats_per_token": float(nats) / num_tokens, "num_tokens": num_tokens}
+    if tokenizer is not None:
+        result |= {"bits_per_byte": float(nats) / math.log(2) / max(num_bytes, 1), "num_bytes": num_bytes}
+    return result
+
+
+def _decode(tokenizer: Any, ids: torch.Tensor) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,509 @@
+"""Rows of `make verify TOPIC=main`: the main job, codec, student, teacher, demo and tests."""
+
+import json
+import math
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from modeling_latentforge import LatentForgeAutoencoder, LatentForgeAutoencoderConfig, LatentForgeForCausalLM
+from modeling_latentforge.modeling_token_loss import token_loss
+
+from ..data import DataArguments, load_blocks
+from ..losses.divergence import dense_kl
+from ..verification import ROOT, Context, Measured, Row
+from .reconstruction import reconstruction_accuracy
+from .side_by_side import Run, SideBySide, shuffled_context, token_nll
+from .speed import generation_speed
+
+
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+# the student of the quality rows: what the tables of docs/experiments.md chose
+STUDENT = {
+    "decoder_type": "autoregressive",
+    "num_decoder_layers": 1,
+    "decoder_hidden_size": 256,
+    "decoder_memory": "patches",
+}
+PAIRS = [(head, decoder) for head in ("regression", "energy") for decoder in ("autoregressive", "parallel")]
+
+
+def books() -> dict[str, str]:
+    """Training and held-out novels of the shared data."""
+    root = Path(os.environ.get("LATENTFORGE_DATA", ROOT.parent / "shared" / "data")) / "books"
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not there: set LATENTFORGE_DATA to the folder that holds `books`")
+    return {"data": str(root / "train"), "eval_data": str(root / "valid")}
+
+
+# -- the demo
+
+
+def demo_folder(context: Context) -> Path:
+    folder = context.shared_dir / "demo" / "clone" / "runs" / "demo"
+    if not (folder / "report.json").exists():
+        raise FileNotFoundError(f"{folder} holds no finished demo: run the row `demo` first")
+    return folder
+
+
+def demo(context: Context) -> Measured:
+    """A fresh clone, today's environment, `make demo` as a newcomer types it."""
+    clone = context.work_dir / "clone"
+    if clone.exists():
+        subprocess.run(["rm", "-rf", str(clone)], check=True)
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(clone), "HF_DATASETS_CACHE": str(context.work_dir / "datasets")}
+    start = time.perf_counter()
+    with open(context.work_dir / "demo.log", "w") as log:
+        command = [sys.executable, "scripts/demo.py"]
+        done = subprocess.run(command, cwd=clone, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
+    minutes = (time.perf_counter() - start) / 60
+    if done.returncode:
+        raise RuntimeError(f"the demo ended with status {done.returncode}: see {context.work_dir / 'demo.log'}")
+    gigabytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    return Measured(f"{minutes:.1f} minutes, {gigabytes:.1f} GB", minutes <= 12 and gigabytes <= 6)
+
+
+def demo_codec(context: Context) -> Measured:
+    """Reads the demo's codec again, on the demo's held-out files."""
+    folder = demo_folder(context)
+    codec = AutoModel.from_pretrained(folder / "autoencoder").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "autoencoder")
+    arguments = DataArguments(block_size=1024, max_eval_tokens=2**17, max_train_tokens=1024)
+    _, held_out = load_blocks(arguments, tokenizer, codec.config.patch_size, seed=0)
+    clean, noisy = (reconstruction_accuracy(codec, held_out, sigma=sigma) for sigma in (0.0, 0.3))
+    figure = f"{clean['token_accuracy']:.2%} of tokens; {noisy['token_accuracy']:.2%} at sigma 0.3"
+    passed = clean["token_accuracy"] >= 0.995 and noisy["token_accuracy"] >= 0.99
+    return Measured(figure, passed, {"clean": clean, "noisy": noisy})
+
+
+def demo_speed(context: Context) -> Measured:
+    folder = demo_folder(context)
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(folder / name).eval()
+        for name in ("teacher", "student", "student_parallel")
+    }
+    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    prompt = tokenizer("def main(argv=None):\n    parser = argparse.ArgumentParser(", return_tensors="pt").input_ids
+    return speed_against(models, prompt, 1.8)
+
+
+def speed_against(models: dict[str, Any], prompt: torch.Tensor, target: float) -> Measured:
+    """Tokens/s of `student` and others as multiples of `teacher`'s, greedy, batch 1."""
+    speed = generation_speed(models, prompt, new_tokens=256, repeats=5)
+    rates = {name: values["tokens_per_second"] for name, values in speed.items()}
+    ratios = {name: rate / rates["teacher"] for name, rate in rates.items() if name != "teacher"}
+    figure = "; ".join(f"{name} {ratio:.2f}x ({rates[name]:.0f} tokens/s)" for name, ratio in ratios.items())
+    return Measured(f"{figure}; teacher {rates['teacher']:.0f} tokens/s", ratios["student"] >= target, speed)
+
+
+def large_speed(context: Context) -> Measured:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=1376,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        tie_word_embeddings=True,
+    )
+    codec = LatentForgeAutoencoder(
+        LatentForgeAutoencoderConfig(vocab_size=4096, patch_size=8, hidden_size=256, intermediate_size=512)
+    )
+    student = LatentForgeForCausalLM.from_autoencoder(codec, config, **STUDENT)
+    parallel = LatentForgeForCausalLM.from_autoencoder(codec, config, decoder_type="parallel")
+    models = {
+        "teacher": AutoModelForCausalLM.from_config(config).eval(),
+        "student": student,
+        "parallel student": parallel,
+    }
+    return speed_against(models, torch.randint(0, 4096, (1, 64)), 3.0)
+
+
+# -- the codec
+
+
+def books_codec(context: Context) -> Measured:
+    """`scripts/train_autoencoder.py` for twenty minutes of training."""
+    tokenizer = SideBySide(context.work_dir, **books(), vocab_size=8192, num_tokens=2**20, say=context.say).tokenizer
+    tokenizer.save_pretrained(context.work_dir / "tokenizer")
+    output = context.work_dir / "autoencoder"
+    if not (output / "config.json").exists():
+        recipe = ROOT / "scripts" / "configs" / "verify_books_codec.yaml"
+        data = books()
+        command = [
+            sys.executable,
+            str(ROOT / "scripts" / "train_autoencoder.py"),
+            "--config",
+            str(recipe),
+            "--data",
+            data["data"],
+            "--eval_data",
+            data["eval_data"],
+            "--tokenizer",
+            str(context.work_dir / "tokenizer"),
+            "--output_dir",
+            str(output),
+        ]
+        start = time.perf_counter()
+        subprocess.run(command, check=True)
+        (context.work_dir / "seconds.json").write_text(json.dumps(time.perf_counter() - start))
+    codec = AutoModel.from_pretrained(output).eval()
+    _, held_out = load_blocks(
+        DataArguments(**books(), block_size=1024, max_eval_tokens=2**18, max_train_tokens=1024), tokenizer, 8, 0
+    )
+    clean = reconstruction_accuracy(codec, held_out)
+    minutes = json.loads((context.work_dir / "seconds.json").read_text()) / 60
+    figure = (
+        f"{clean['token_accuracy']:.3%} of tokens, {clean['patch_accuracy']:.2%} of whole patches, "
+        f"after {minutes:.1f} minutes"
+    )
+    passed = clean["token_accuracy"] >= 0.999 and clean["patch_accuracy"] >= 0.995 and minutes <= 21
+    return Measured(figure, passed, clean)
+
+
+# -- losses
+
+
+def loss_memory(context: Context) -> Measured:
+    """Peak of the resident set while the loss and its gradients are made, in a process of its own."""
+    program = (
+        "import resource, torch\n"
+        "from modeling_latentforge.modeling_token_loss import token_loss\n"
+        "torch.manual_seed(0)\n"
+        "hidden = torch.randn(65536, 64, requires_grad=True)\n"
+        "weight = torch.randn(131072, 64, requires_grad=True)\n"
+        "targets = torch.randint(0, 131072, (65536,))\n"
+        "token_loss(hidden[:8], weight[:256], targets[:8] % 256)[0].backward()\n"
+        "hidden.grad = weight.grad = None\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "token_loss(hidden, weight, targets)[0].backward()\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)\n"
+    )
+    gigabytes = float(
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    )
+    hidden, weight = (torch.randn(n, 64, requires_grad=True) for n in (2048, 131072))
+    targets = torch.randint(0, 131072, (2048,))
+    plain = torch.autograd.grad(
+        nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum"), (hidden, weight)
+    )
+    ours = torch.autograd.grad(token_loss(hidden, weight, targets)[0], (hidden, weight))
+    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, plain, strict=True))
+    return Measured(
+        f"{gigabytes:.2f} GB; gradients differ by {error:.1e} of their largest", gigabytes < 1 and error < 1e-4
+    )
+
+
+def kd_zero(context: Context) -> Measured:
+    logits = (torch.randn(64, 4096) * 4).requires_grad_()
+    worst_loss, worst_gradient = 0.0, 0.0
+    for temperature in (1.0, 2.0):
+        loss = dense_kl(logits, logits.detach().clone(), temperature)
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        worst_loss = max(worst_loss, float(loss.abs().max()))
+        worst_gradient = max(worst_gradient, float(gradient.abs().max()))
+    return Measured(
+        f"loss {worst_loss:.1e}, gradient {worst_gradient:.1e}", worst_loss <= 1e-6 and worst_gradient <= 1e-6
+    )
+
+
+# -- exactness, on the demo's text
+
+
+def _tiny(head: str, decoder: str, dtype: torch.dtype = torch.float32) -> LatentForgeForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.2,
+    )
+    codec = LatentForgeAutoencoder(
+        LatentForgeAutoencoderConfig(
+            vocab_size=258,
+            patch_size=4,
+            latent_size=32,
+            hidden_size=64,
+            intermediate_size=96,
+            initializer_range=0.2,
+            eos_token_id=256,
+            pad_token_id=257,
+        )
+    )
+    return LatentForgeForCausalLM.from_autoencoder(
+        codec,
+        config,
+        head_config={"head_type": head},
+        decoder_type=decoder,
+        decoder_num_heads=2,
+        initializer_range=0.2,
+    ).to(dtype)
+
+
+def _text(rows: int, length: int) -> torch.Tensor:
+    return torch.tensor(list(Path(__file__).read_bytes()[: rows * length])).view(rows, length)
+
+
+def causality(context: Context) -> Measured:
+    broken = []
+    for head, decoder in PAIRS:
+        model, ids = _tiny(head, decoder), _text(1, 24)
+        base = model(ids).logits
+        for t in range(24):
+            changed = ids.clone()
+            changed[0, t] = 256
+            first = t if decoder == "autoregressive" else (t // 4 + 1) * 4 - 1
+            if not torch.equal(model(changed).logits[:, :first], base[:, :first]):
+                broken.append(f"{head} x {decoder} at {t}")
+    return Measured("exact for every pair" if not broken else ", ".join(broken), not broken)
+
+
+def equalities(context: Context) -> Measured:
+    """Largest difference, over every pair, of what must be equal."""
+    worst: dict[str, float] = {}
+    ids_equal = True
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 19, "eos_token_id": None, "pad_token_id": 257}
+
+    def note(name: str, value: torch.Tensor) -> None:
+        worst[name] = max(worst.get(name, 0.0), float(value.abs().max()))
+
+    for dtype, digits in ((torch.float32, "fp32"), (torch.float64, "fp64")):
+        for head, decoder in PAIRS:
+            model, ids = _tiny(head, decoder, dtype), _text(4, 11)
+            ids_equal &= torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+            whole = model(ids, patch_offset=3 if decoder == "parallel" else None).logits
+            output = model(ids[:, :5], use_cache=True)
+            pieces = [output.logits]
+            for t in range(5, 11):
+                output = model(ids[:, t : t + 1], past_key_values=output.past_key_values)
+                pieces.append(output.logits)
+            note(f"cached {digits}", torch.cat(pieces, 1) - whole)
+            mask = torch.ones_like(ids)
+            lengths = (11, 8, 5, 2)
+            for row, length in enumerate(lengths):
+                mask[row, : 11 - length] = 0
+            batch = model(ids, attention_mask=mask).logits
+            together = model.generate(ids, attention_mask=mask, **options)
+            for row, length in enumerate(lengths):
+                alone = ids[row : row + 1, 11 - length :]
+                note(f"left-padded {digits}", batch[row, 11 - length :] - model(alone).logits[0])
+                ids_equal &= torch.equal(together[row, 11:], model.generate(alone, **options)[0, length:])
+            folder = context.work_dir / "saved"
+            model.save_pretrained(folder)
+            note(
+                f"save and load {digits}", AutoModelForCausalLM.from_pretrained(folder)(ids).logits - model(ids).logits
+            )
+            if head == "regression":
+                torch.manual_seed(1)
+                # fp32 scores are what the loop keeps: the comparison is of fp32 log-probabilities in either dtype
+                sampled = model.generate(
+                    ids, **{**options, "do_sample": True}, return_dict_in_generate=True, output_logits=True
+                )
+                new = sampled.sequences[:, 11:]
+                log_p = torch.stack(sampled.logits, 1).double().log_softmax(-1).gather(2, new[..., None]).sum((1, 2))
+                offset = 1 if decoder == "parallel" else None
+                forward = model(sampled.sequences, patch_offset=offset).logits[:, 10:-1].double().log_softmax(-1)
+                scored = forward.gather(2, new[..., None]).sum((1, 2))
+                note(f"log-probabilities per token {digits}", (log_p - scored) / new.shape[1])
+    limits = {"fp32": 1e-5, "fp64": 1e-10}
+    passed = ids_equal and all(
+        value <= (limits["fp32"] if name.startswith("log-prob") else limits[name[-4:]])
+        for name, value in worst.items()
+    )
+    figure = f"greedy ids {'equal' if ids_equal else 'DIFFER'}; " + ", ".join(
+        f"{name} {value:.0e}" for name, value in worst.items()
+    )
+    return Measured(figure, passed, worst)
+
+
+# -- the student's quality
+
+
+def student_against_token_lm(patch_size: int, limit: float) -> Callable[[Context], Measured]:
+    def measure(context: Context) -> Measured:
+        table = SideBySide(
+            context.shared_dir / "books_5m", **books(), vocab_size=4096, num_tokens=5 * 10**6, say=context.say
+        )
+
+        def two_seeds(run: Callable[[float, int], Run]) -> dict[str, Any]:
+            rate = table.best([run(rate, 0) for rate in LEARNING_RATES]).learning_rate
+            nll = [table.result(run(rate, seed))["nll"] for seed in (0, 1)]
+            return {"learning_rate": rate, "nll": nll, "mean": sum(nll) / 2}
+
+        token_lm = two_seeds(lambda rate, seed: Run("token_lm", rate, seed))
+        teacher = table.name(Run("token_lm", token_lm["learning_rate"]))
+        taught = two_seeds(
+            lambda rate, seed: Run(
+                "student", rate, seed, patch_size, STUDENT, {"ce_weight": 0.5, "kd_weight": 0.5}, teacher
+            )
+        )
+        alone = two_seeds(lambda rate, seed: Run("student", rate, seed, patch_size, STUDENT))
+        gap = taught["mean"] - token_lm["mean"]
+        without = alone["mean"] - token_lm["mean"]
+        figure = f"{gap:+.3f} nats/token with KD, {without:+.3f} without (token LM {token_lm['mean']:.3f})"
+        return Measured(figure, gap <= limit, {"token_lm": token_lm, "student_kd": taught, "student": alone})
+
+    return measure
+
+
+def context_share(patch_size: int, target: float) -> Callable[[Context], Measured]:
+    def measure(context: Context) -> Measured:
+        table = SideBySide(
+            context.shared_dir / "python_context",
+            "builtin:python",
+            None,
+            vocab_size=1024,
+            num_tokens=8 * 10**6,
+            block_size=1024,
+            say=context.say,
+        )
+        runs = {
+            "token_lm": Run("token_lm", 2e-3),
+            "decoder_alone": Run("decoder_alone", 2e-3, 0, patch_size, STUDENT),
+            "student": Run("student", 2e-3, 0, patch_size, STUDENT),
+        }
+        results = {name: table.result(run) for name, run in runs.items()}
+        nll = {name: result["nll"] for name, result in results.items()}
+        worth = nll["decoder_alone"] - nll["token_lm"]
+        gained = nll["decoder_alone"] - nll["student"]
+        student = table.load(runs["student"])
+        sums = counts = 0.0
+        with shuffled_context(student):
+            for batch in table.eval_batches():
+                values, valid = token_nll(student, batch)
+                sums, counts = sums + float(values.sum()), counts + int(valid.sum())
+        hurt = sums / counts - nll["student"]
+        share = gained / worth if worth > 0 else math.nan
+        figure = f"{share:.0%} of {worth:.3f} nats; shuffled latents cost {hurt:.3f}, the right ones gave {gained:.3f}"
+        details = {name: result["nll_by_context"] for name, result in results.items()} | {
+            "nll": nll,
+            "shuffled_costs": hurt,
+        }
+        return Measured(figure, worth >= 0.1 and share >= target and hurt >= gained, details)
+
+    return measure
+
+
+# -- the tests
+
+
+def tests(context: Context) -> Measured:
+    """The quick suite, as `make test` runs it, and its coverage of both packages."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--cov=modeling_latentforge",
+        "--cov=trainers",
+        "--cov-report=term",
+    ]
+    environment = {**os.environ, "COVERAGE_FILE": str(context.work_dir / "coverage")}
+    plain = time.perf_counter()
+    subprocess.run(command[:5], cwd=ROOT, check=True, capture_output=True)
+    minutes = (time.perf_counter() - plain) / 60
+    out = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    (coverage,) = re.findall(r"^TOTAL\s.*?(\d+)%$", out, re.MULTILINE)
+    counted = out.strip().splitlines()[-1].strip("= ")
+    return Measured(f"{minutes:.1f} minutes, coverage {coverage} % ({counted})", minutes <= 8 and int(coverage) >= 90)
+
+
+DEMO = "builtin:python, V=4096, K=8, D=256; teacher 4 x 256"
+ROWS = [
+    Row("demo", "`make demo` on a fresh clone, after installation", "<= 12 minutes, <= 6 GB", demo, setup=DEMO),
+    Row(
+        "demo_codec",
+        "the demo's codec on files it never saw, free-running",
+        ">= 99.5 % tokens; >= 99 % at noise sigma 0.3",
+        demo_codec,
+        setup=DEMO + "; 131k held-out tokens",
+    ),
+    Row(
+        "books_codec",
+        "codec given 20 minutes",
+        ">= 99.9 % tokens, >= 99.5 % whole patches",
+        books_codec,
+        long=True,
+        setup="books, V=8192, K=8, D=256; 262k held-out tokens; seed 42",
+    ),
+    Row(
+        "loss_memory",
+        "peak of the cross-entropy, and its gradients",
+        "< 1 GB, same gradients",
+        loss_memory,
+        setup="65,536 tokens, vocabulary 131,072, width 64, fp32; gradients compared at 2,048 tokens",
+    ),
+    *(
+        Row(
+            f"student_k{k}",
+            f"student with KD against a token LM, K={k}",
+            f"<= {limit:.2f} nats/token worse",
+            student_against_token_lm(k, limit),
+            long=True,
+            setup="4 x 256, V=4096, books, 5 M tokens, best of 3 learning rates, seeds 0 and 1, 131k held-out tokens",
+        )
+        for k, limit in ((4, 0.05), (8, 0.10))
+    ),
+    *(
+        Row(
+            f"context_share_k{k}",
+            f"share of the long context that reaches the student, K={k}",
+            f">= {target:.0%} of at least 0.1 nats; shuffled latents cost at least what the right ones gave",
+            context_share(k, target),
+            long=True,
+            setup="4 x 256, V=1024, builtin:python, 8 M tokens, blocks of 1024, seed 0, 131k held-out tokens",
+        )
+        for k, target in ((4, 0.6), (8, 0.4))
+    ),
+    Row(
+        "demo_speed",
+        "tokens/s against its own teacher, batch 1",
+        ">= 1.8x",
+        demo_speed,
+        setup=DEMO + "; 256 tokens, greedy, median of 5",
+    ),
+    Row(
+        "large_speed",
+        "the same, 8 x 512, random weights",
+        ">= 3x",
+        large_speed,
+        setup="V=4096, K=8; 256 tokens, greedy, median of 5",
+    ),
+    Row(
+        "causality",
+        "changing token t changes no logit before t (parallel: before its patch's end)",
+        "exact, every pair",
+        causality,
+        setup="2 x 64, K=4, every position of 24",
+    ),
+    Row(
+        "kd_zero",
+        "KD loss and gradient where teacher = student",
+        "0 to 1e-6",
+        kd_zero,
+        setup="64 tokens, V=4096, temperatures 1 and 2",
+    ),
+    Row(
+        "equalities",
+        "cached = uncached; left-padded row = row alone; save = load; log-probabilities of forward = of generate",
+        "same greedy ids; 1e-5 in fp32, 1e-10 in fp64",
+        equalities,
+        setup="2 x 64, K=4, every pair",
+    ),
+    Row("tests", "the quick tests", "<= 8 minutes; coverage >= 90 %", tests),
+]

@@ -1,0 +1,314 @@
+"""Token language models, students and bare decoders, trained on the same blocks and judged on the same held-out ones.
+
+    tokens (B, T) -> token LM        full context, a position per token
+                  -> student         the same backbone over patches, and its decoder
+                  -> decoder alone   that decoder, nothing from before its window
+
+A run is kept under the hash of everything that shapes it, so a table can be filled over several sessions.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint, set_seed
+
+from modeling_latentforge import LatentForgeAutoencoder, LatentForgeAutoencoderConfig, LatentForgeForCausalLM
+
+from ..data import DataArguments, PatchCollator, load_blocks, load_texts
+from ..kd_config import KDConfig
+from ..kd_trainer import KDTrainer
+from ..teachers.hf_teacher import HFTeacher
+from ..token_lm import TokenLMConfig, TokenLMTrainer, build_token_lm
+from ..tokenizer import train_tokenizer
+
+
+# Context lengths, in tokens before the predicted one, at whose upper ends NLL is reported.
+CONTEXT_EDGES = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+class DecoderAlone(LatentForgeForCausalLM):
+    """A student whose patches all read the learned start: what its decoder knows from its window only."""
+
+    _auto_class = None  # lives here only: its source must not be saved beside the weights
+
+    def _conditions(self, grid, cache, use_cache):
+        num_patches = grid.input_ids.shape[1] // self.config.patch_size
+        return self.model.start.expand(grid.input_ids.shape[0], num_patches + 1, -1), None
+
+
+KINDS = ("token_lm", "student", "decoder_alone")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        kind: `token_lm`, `student` or `decoder_alone`.
+        learning_rate: peak, cosine to a tenth, 5 % warm-up.
+        seed: of weights and data order.
+        patch_size: of the student.
+        student: fields of `LatentForgeConfig`.
+        weights: fields of `KDConfig` (`ce_weight`, ...).
+        teacher: run name of the token LM that teaches, or None.
+        autoencoder: directory of a trained codec, or None: an untrained one, for students that never read it.
+    """
+
+    kind: str
+    learning_rate: float
+    seed: int = 0
+    patch_size: int = 8
+    student: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    teacher: str | None = None
+    autoencoder: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown kind {self.kind!r}: take one of {', '.join(KINDS)}")
+
+
+@dataclass
+class SideBySide:
+    """The text, the backbone and the budget that all runs of a comparison share.
+
+    Attributes:
+        work_dir: runs, tokenizer and results.
+        data, eval_data: as in `DataArguments`.
+        vocab_size: of the byte-level BPE that is trained on `data`.
+        num_tokens: training tokens per run; blocks repeat where the text is shorter.
+        block_size, tokens_per_step: tokens.
+        phase_size: documents begin at 0 .. phase_size - 1 pads; a multiple of every run's patch size, so that
+            all read the same blocks.
+        eval_tokens: held-out tokens.
+        hidden_size, num_hidden_layers: of the Llama-shaped backbone; heads of 64, MLP of 8/3.
+        say: takes a line of progress.
+    """
+
+    work_dir: Path
+    data: str
+    eval_data: str | None
+    vocab_size: int
+    num_tokens: int
+    block_size: int = 512
+    tokens_per_step: int = 8192
+    phase_size: int = 8
+    eval_tokens: int = 2**17
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    say: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
+        self.work_dir = Path(self.work_dir)
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        self._blocks: tuple[Any, Any] | None = None
+        self._tokenizer: Any = None
+
+    # -- what all runs share
+
+    @property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is None:
+            path = self.work_dir / f"tokenizer-{self.vocab_size}"
+            if not (path / "tokenizer.json").exists():
+                train_texts, _ = load_texts(DataArguments(data=self.data, eval_data=self.eval_data))
+                train_tokenizer(train_texts, self.vocab_size).save_pretrained(path)
+            self._tokenizer = AutoTokenizer.from_pretrained(path)
+        return self._tokenizer
+
+    def blocks(self) -> tuple[Any, Any]:
+        """(training, held-out) blocks."""
+        if self._blocks is None:
+            arguments = DataArguments(
+                data=self.data,
+                eval_data=self.eval_data,
+                block_size=self.block_size,
+                max_train_tokens=self.num_tokens,
+                max_eval_tokens=self.eval_tokens,
+            )
+            self._blocks = load_blocks(arguments, self.tokenizer, self.phase_size, seed=0)
+        return self._blocks
+
+    def name(self, run: Run) -> str:
+        """Short name of a run, unique to everything that shapes it."""
+        shared = asdict(self) | {"work_dir": "", "say": ""}
+        return (
+            f"{run.kind}-{hashlib.sha256(json.dumps([shared, asdict(run)], sort_keys=True).encode()).hexdigest()[:12]}"
+        )
+
+    # -- one run
+
+    def result(self, run: Run) -> dict[str, Any]:
+        """Train (or resume, or just read) a run: `nll` (nats/token, held-out), `nll_by_context`, `seconds`."""
+        folder = self.work_dir / self.name(run)
+        path = folder / "result.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        self.say(
+            f"{self.name(run)}: {run.kind} K={run.patch_size} lr={run.learning_rate:g} seed={run.seed} {run.student}"
+        )
+        model = self._train(run, folder)
+        result = self.judge(model)
+        result |= {"run": asdict(run), "seconds": json.loads((folder / "seconds.json").read_text())}
+        path.write_text(json.dumps(result, indent=1))
+        self.say(f"{self.name(run)}: {result['nll']:.4f} nats/token, {result['seconds']:.0f} s")
+        return result
+
+    def best(self, runs: list[Run]) -> Run:
+        """The run with the lowest held-out NLL."""
+        return min(runs, key=lambda run: self.result(run)["nll"])
+
+    def load(self, run: Run) -> nn.Module:
+        """The trained model of a run."""
+        self.result(run)
+        auto = {"token_lm": AutoModelForCausalLM, "student": LatentForgeForCausalLM, "decoder_alone": DecoderAlone}
+        return auto[run.kind].from_pretrained(self.work_dir / self.name(run) / "model").eval()
+
+    def build(self, run: Run) -> nn.Module:
+        """The untrained model of a run."""
+        set_seed(run.seed)
+        token_lm = build_token_lm("llama", self.tokenizer, self.hidden_size, self.num_hidden_layers)
+        if run.kind == "token_lm":
+            return token_lm
+        if run.autoencoder is None:
+            autoencoder = LatentForgeAutoencoder(
+                LatentForgeAutoencoderConfig(
+                    vocab_size=len(self.tokenizer),
+                    patch_size=run.patch_size,
+                    hidden_size=32,
+                    intermediate_size=32,
+                    eos_token_id=self.tokenizer.eos_token_id,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )
+            )
+        else:
+            autoencoder = LatentForgeAutoencoder.from_pretrained(run.autoencoder)
+        kind = DecoderAlone if run.kind == "decoder_alone" else LatentForgeForCausalLM
+        set_seed(run.seed)
+        return kind.from_autoencoder(autoencoder, token_lm.config, **run.student)
+
+    def _train(self, run: Run, folder: Path) -> nn.Module:
+        train_blocks, _ = self.blocks()
+        steps = self.num_tokens // self.tokens_per_step
+        arguments = {
+            "output_dir": str(folder / "trainer"),
+            "per_device_train_batch_size": self.tokens_per_step // self.block_size,
+            "max_steps": steps,
+            "learning_rate": run.learning_rate,
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+            "warmup_steps": max(1, steps // 20),
+            "weight_decay": 0.1,
+            "adam_beta2": 0.95,
+            "seed": run.seed,
+            "data_seed": run.seed,
+            "logging_steps": 50,
+            "save_steps": max(1, steps // 5),
+            "save_total_limit": 1,
+            "disable_tqdm": True,
+        }
+        model = self.build(run)
+        clock = _Clock(folder / "seconds.json")
+        common = {"model": model, "train_dataset": train_blocks, "callbacks": [clock]}
+        if run.kind == "token_lm":
+            trainer: Trainer = TokenLMTrainer(
+                args=TokenLMConfig(**arguments), data_collator=PatchCollator(1), **common
+            )
+        else:
+            teacher = None
+            if run.teacher is not None:
+                teacher = HFTeacher(str(self.work_dir / run.teacher / "model"), tokenizer=self.tokenizer)
+            trainer = KDTrainer(
+                args=KDConfig(**arguments, **run.weights),
+                data_collator=PatchCollator(run.patch_size),
+                teacher=teacher,
+                **common,
+            )
+        last = get_last_checkpoint(arguments["output_dir"]) if Path(arguments["output_dir"]).is_dir() else None
+        trainer.train(resume_from_checkpoint=last)
+        model.save_pretrained(folder / "model")
+        shutil.rmtree(arguments["output_dir"])
+        return model
+
+    # -- judging
+
+    def judge(self, model: nn.Module) -> dict[str, Any]:
+        """Held-out NLL in nats per token, whole and by the tokens of context before the predicted one."""
+        sums, counts = torch.zeros(self.block_size - 1), torch.zeros(self.block_size - 1)
+        for batch in self.eval_batches():
+            nll, valid = token_nll(model, batch)
+            sums += nll.sum(0)
+            counts += valid.sum(0)
+        by_context = {}
+        for low, high in zip(CONTEXT_EDGES, CONTEXT_EDGES[1:], strict=False):
+            if low < self.block_size:
+                part = slice(low - 1, high - 1)
+                by_context[f"{low}-{min(high, self.block_size) - 1}"] = float(sums[part].sum() / counts[part].sum())
+        return {
+            "nll": float(sums.sum() / counts.sum()),
+            "nll_by_context": by_context,
+            "eval_tokens": int(counts.sum()),
+        }
+
+    def eval_batches(self, rows: int = 16) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of held-out blocks that lie far apart in the corpus, so that no two rows are of one document."""
+        _, held_out = self.blocks()
+        stride = -(-len(held_out) // rows)
+        collate = PatchCollator(self.phase_size)
+        for start in range(stride):
+            yield collate([held_out[i] for i in range(start, len(held_out), stride)])
+
+
+@torch.no_grad()
+def token_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """NLL `(B, T - 1)` of each predicted token, zero where its label is -100, and the mask of the others."""
+    model.eval()
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[
+        :, :-1
+    ]
+    targets = batch["labels"][:, 1:]
+    nll = nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
+    return nll, targets != -100
+
+
+@contextmanager
+def shuffled_context(model: LatentForgeForCausalLM) -> Iterator[None]:
+    """Within, each row of a batch reads the conditions (latents and memory) of the row before it."""
+    original = model._conditions
+
+    def shuffled(*args: Any) -> Any:
+        conditions, patch_mask = original(*args)
+        return conditions.roll(1, dims=0), patch_mask
+
+    model._conditions = shuffled
+    try:
+        yield
+    finally:
+        del model._conditions
+
+
+class _Clock(TrainerCallback):
+    """Seconds of training, summed over resumed parts."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.before = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.before = json.loads(self.path.read_text()) if state.global_step and self.path.exists() else 0.0
+        self.start = time.perf_counter()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.path.write_text(json.dumps(self.before + time.perf_counter() - self.start))
+
+    on_train_end = on_save

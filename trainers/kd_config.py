@@ -1,0 +1,62 @@
+"""Arguments of [`KDTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from .base_trainer import LatentTrainingConfig
+
+
+WEIGHTS = ("ce_weight", "kd_weight", "mse_weight", "energy_weight")
+
+
+@dataclass
+class KDConfig(LatentTrainingConfig):
+    """`TrainingArguments` plus the weights of a student's loss parts, each in nats (or squared latent units) per
+    predicted token.
+
+    Raises:
+        ValueError: a negative weight, all weights zero, a temperature that is not above 0.
+    """
+
+    ce_weight: float = field(default=1.0, metadata={"help": "Weight of the text's own tokens (cross-entropy)."})
+    kd_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the teacher's distributions (KL). Default: 1 with a teacher, 0 without."},
+    )
+    mse_weight: float = field(default=0.0, metadata={"help": "Weight of the distance to the codec's latent."})
+    energy_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the energy score. Default: 1 for an energy head, 0 for any other."}
+    )
+    kd_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Both distributions are taken at this temperature; other than 1 needs a teacher with full logits."
+        },
+    )
+    teacher_prefetch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Batches that a thread asks the teacher about ahead of time. Default: 1 for a remote teacher, 0 "
+            "for a local one."
+        },
+    )
+
+    def __post_init__(self):
+        for name in WEIGHTS:
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}: set it to 0 to leave that part out.")
+        if all(getattr(self, name) == 0 for name in WEIGHTS):
+            raise ValueError(
+                "All loss weights are 0, nothing would be learned: set ce_weight, kd_weight, mse_weight or "
+                "energy_weight above 0."
+            )
+        if not self.kd_temperature > 0:
+            raise ValueError(
+                f"kd_temperature must be above 0, got {self.kd_temperature}: 1 takes the distributions as they are."
+            )
+        if self.teacher_prefetch is not None and self.teacher_prefetch < 0:
+            raise ValueError(
+                f"teacher_prefetch must not be negative, got {self.teacher_prefetch}: 0 asks the teacher batch by "
+                "batch."
+            )
+        super().__post_init__()

@@ -1,0 +1,130 @@
+"""Divergence of a student's next-token distribution from its teacher's, per token, in nats.
+
+M tokens, V vocabulary, k stored entries per token.
+
+Both functions give KL(teacher || student): zero exactly when the student agrees, and the student is asked to cover
+everything that the teacher finds likely. The sum over the M tokens and its normalisation are the model's business.
+"""
+
+import torch
+from torch.nn import functional as F
+
+
+# A log-probability at or below this stands for "no entry": servers write -inf as -9999, padding may use any large
+# negative number.
+ABSENT_LOGPROB = -1e3
+
+# Below this the teacher's tail mass is rounding (k fp32 probabilities that sum to one), not a statement about the
+# student.
+MIN_TAIL = 1e-6
+
+
+def _float(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _logprobs(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    # clamped: an id forbidden by the teacher (-inf) would give 0 * inf
+    return F.log_softmax(_float(logits) / temperature, dim=-1).clamp(min=-1e4)
+
+
+def dense_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """`temperature**2 * KL(teacher || student)`, both distributions at that temperature.
+
+    The factor keeps the size of the gradient when the temperature grows (arXiv 1503.02531, section 2).
+
+    Args:
+        student_logits: `(M, V)`; carries the gradient.
+        teacher_logits: `(M, V)`; none flows here. `-inf` is allowed.
+        temperature: above 0; above 1 the unlikely tokens weigh more.
+
+    Returns:
+        `(M,)` in nats, fp32 or wider. Zero, with zero gradient, where the distributions are equal.
+
+    Raises:
+        ValueError: unequal shapes (no broadcast: it would hide a shifted or misaligned teacher), or a temperature that
+            is not above 0.
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"Student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} must have "
+            "the same shape: "
+            "one row per token, one column per id. Pick the teacher's rows by position and cut padded columns first."
+        )
+    if not temperature > 0:
+        raise ValueError(
+            f"`temperature` must be above 0, got {temperature}. Use 1.0 for the distributions as they are."
+        )
+    student = _logprobs(student_logits, temperature)
+    teacher = _logprobs(teacher_logits.detach(), temperature)
+    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+def sparse_kl(
+    student_logits: torch.Tensor, top_ids: torch.Tensor, top_logprobs: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """KL(teacher || student) over the teacher's top-k ids and one bucket for all the rest.
+
+    The bucket holds the mass that the teacher gives to ids outside its top k: without it, or with renormalised
+    probabilities, the student learns a confidence that the teacher never had. By the data processing inequality the
+    result is at most [`dense_kl`]; with k = V they are equal.
+
+    Args:
+        student_logits: `(M, V)`; carries the gradient.
+        top_ids: `(M, k)` ids, without repetition among the present entries of a row.
+        top_logprobs: `(M, k)` the teacher's log-probabilities at temperature 1, *not* renormalised; values <= -1e3
+            mark absent entries, whose id may be anything.
+        temperature: 1 only.
+
+    Returns:
+        `(M,)` in nats, fp32 or wider. A row without any present entry gives 0: the teacher said nothing there.
+
+    Raises:
+        ValueError: unequal shapes, a present id outside the student's vocabulary (it would be a gather out of bounds),
+            or another temperature.
+    """
+    if temperature != 1:
+        raise ValueError(
+            f"A sparse teacher signal cannot be brought to temperature {temperature}: how the mass outside its top k "
+            "would spread is unknown. "
+            "Set `kd_temperature` to 1, or use a teacher that gives full logits."
+        )
+    if top_ids.shape != top_logprobs.shape or top_ids.shape[:-1] != student_logits.shape[:-1]:
+        raise ValueError(
+            f"`top_ids` {tuple(top_ids.shape)} and `top_logprobs` {tuple(top_logprobs.shape)} must both be (M, k), "
+            "with the M of the student's "
+            f"logits {tuple(student_logits.shape)}."
+        )
+    vocab_size = student_logits.shape[-1]
+    student = _logprobs(student_logits, 1.0)  # (M, V)
+    # NaN counts as absent
+    present = top_logprobs > ABSENT_LOGPROB  # (M, k)
+    top_ids = top_ids.long()
+    if bool((present & ((top_ids < 0) | (top_ids >= vocab_size))).any()):
+        raise ValueError(
+            f"`top_ids` holds ids outside the student's vocabulary of {vocab_size} (largest: "
+            f"{int(top_ids[present].max())}): the teacher uses "
+            "another tokenizer. Mark ids that the student lacks as absent (log-probability <= -1e3), or use a teacher "
+            "with the same tokenizer."
+        )
+    top_ids = top_ids.masked_fill(~present, 0)
+
+    logprobs = _float(top_logprobs.detach()).masked_fill(~present, 0.0).to(student.dtype)
+    probs = logprobs.exp() * present
+    mass = probs.sum(-1)
+    # stored with few digits, the k probabilities can sum to slightly more than one
+    excess = mass.clamp(min=1.0)
+    probs, logprobs = probs / excess[:, None], logprobs - excess.log()[:, None]
+    tail = 1.0 - (mass / excess)
+    has_tail = (tail > MIN_TAIL) & present.any(-1) & (present.sum(-1) < vocab_size)
+
+    head = (probs * (logprobs - student.gather(1, top_ids))).sum(-1)
+    # The student's tail as a log-sum over the other ids, not log(1 - sum): that would lose the value, and with it the
+    # gradient that brings the mass back, once a confident student has less than 1e-7 there. Rows without a tail keep
+    # every id, so that nothing is log(0).
+    in_top = torch.zeros_like(student, dtype=torch.bool)
+    rows = torch.arange(student.shape[0], device=student.device)[:, None].expand_as(top_ids)
+    in_top[rows[present], top_ids[present]] = True
+    student_tail = student.masked_fill(in_top & has_tail[:, None], -torch.inf).logsumexp(-1)
+    teacher_tail = torch.where(has_tail, tail, 1.0).log()
+    return head + torch.where(has_tail, tail * (teacher_tail - student_tail), 0.0)

@@ -1,0 +1,263 @@
+"""What a teacher says about a batch (`TeacherSignal`), and what a teacher must be able to do (`Teacher`).
+
+B batch, T tokens, H the teacher's hidden size, V vocabulary, k stored entries per token, M tokens of one chunk.
+
+Position t of a signal speaks about token t + 1, like the logits of a causal LM. A student's forward asks for the loss
+of one chunk of tokens after another (`distillation(logits (M, V), index (M,))`, `index` into the flattened B * T
+positions), so no form of the signal needs (B, T, V).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from ..losses.divergence import ABSENT_LOGPROB, dense_kl, sparse_kl
+
+
+def speaking_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """`(B, T)` mask -> for every position the last unmasked one up to it, -1 where there is none.
+
+    Padding is invisible to a teacher: what it says about the token after a gap was said at the last token before the
+    gap. Asked at the padding itself it would answer about a text that holds a pad token.
+    """
+    steps = torch.arange(attention_mask.shape[1], device=attention_mask.device).expand_as(attention_mask)
+    return torch.where(attention_mask != 0, steps, -1).cummax(-1).values
+
+
+def check_vocabulary(
+    student_size: int, teacher_size: int, num_tokens: int | None = None, tokenizer_id: str | None = None
+) -> None:
+    """Refuse a student whose ids cannot be the teacher's.
+
+    Many checkpoints pad their output matrix (Qwen: 151643 ids, 151936 columns). A student without those columns is
+    accepted when the teacher's tokenizer size is known and fits; the surplus columns are then cut and the rest
+    renormalised.
+
+    Args:
+        student_size: columns of the student's logits.
+        teacher_size: columns of the teacher's.
+        num_tokens: ids that the teacher's tokenizer really has; None: unknown, then only equality passes.
+        tokenizer_id: named in the message.
+
+    Raises:
+        ValueError: naming both sizes.
+    """
+    smallest = teacher_size if num_tokens is None else num_tokens
+    if smallest <= student_size <= teacher_size:
+        return
+    used = "" if num_tokens is None else f" ({num_tokens} of them used by its tokenizer)"
+    name = f", tokenizer {tokenizer_id}" if tokenizer_id else ""
+    raise ValueError(
+        f"The student has {student_size} token ids and the teacher {teacher_size}{used}{name}: their distributions "
+        "cannot be compared id by id. "
+        "Train the codec with the teacher's tokenizer, or pick a teacher that shares the codec's."
+    )
+
+
+class TeacherSignal(ABC):
+    """A teacher's next-token distributions for one batch, as data.
+
+    Attributes:
+        vocab_size: columns of the teacher's distributions.
+        num_tokens: ids that the teacher's tokenizer really has; columns beyond are padding of its matrix. None:
+            unknown.
+        temperature: at which the values were made; 1 is the teacher's own distribution.
+        tokenizer_id: name, path or fingerprint of the teacher's tokenizer, where known.
+        positions: `(B, T)`, see [`speaking_positions`]; None: every position speaks for itself.
+    """
+
+    vocab_size: int
+    num_tokens: int | None
+    temperature: float
+    tokenizer_id: str | None
+    positions: torch.Tensor | None
+
+    def loss(self, student_logits: torch.Tensor, index: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """KL(teacher || student) of one chunk, `temperature**2` included: `(M, V)`, `(M,)` -> `(M,)` nats per token.
+
+        0 where the teacher has seen no token yet.
+
+        Raises:
+            ValueError: the vocabularies differ, or the signal cannot be brought to `temperature`.
+        """
+        self.check_vocabulary(student_logits.shape[-1])
+        if self.positions is None:
+            return self.divergence(student_logits, index, temperature)
+        length = self.positions.shape[1]
+        position = self.positions.flatten()[index.to(self.positions.device)].to(index.device)
+        loss = self.divergence(student_logits, index // length * length + position.clamp(min=0), temperature)
+        return torch.where((position >= 0).to(loss.device), loss, 0.0)
+
+    @abstractmethod
+    def divergence(self, student_logits: torch.Tensor, index: torch.Tensor, temperature: float) -> torch.Tensor:
+        """[`loss`] with the entries at exactly `index`."""
+
+    def check_vocabulary(self, student_size: int) -> None:
+        """[`check_vocabulary`] with this signal's sizes."""
+        check_vocabulary(student_size, self.vocab_size, self.num_tokens, self.tokenizer_id)
+
+
+@dataclass
+class DenseSignal(TeacherSignal):
+    """Full distributions, kept as hidden states: `(B, T, V)` would be 32 GB for 64k tokens of a 128k vocabulary.
+
+    Args:
+        hidden_states: `(B, T, H)`.
+        projection: `(M, H) -> (M, V)` logits, usually the teacher's output matrix.
+        vocab_size, num_tokens, temperature, tokenizer_id, positions: see [`TeacherSignal`]. Logits can be brought to
+            any temperature, so `temperature` is 1.
+    """
+
+    hidden_states: torch.Tensor
+    projection: Callable[[torch.Tensor], torch.Tensor]
+    vocab_size: int
+    num_tokens: int | None = None
+    temperature: float = 1.0
+    tokenizer_id: str | None = None
+    positions: torch.Tensor | None = None
+
+    @classmethod
+    def from_logits(cls, logits: torch.Tensor, **kwargs: Any) -> "DenseSignal":
+        """From full logits `(B, T, V)`, where a teacher offers nothing smaller."""
+        return cls(hidden_states=logits, projection=_identity, vocab_size=logits.shape[-1], **kwargs)
+
+    def logits(self, index: torch.Tensor) -> torch.Tensor:
+        """Logits `(M, V)` at flattened positions `index (M,)`; no gradient flows into the teacher."""
+        # no_grad and not inference_mode: the student's backward keeps these tensors. Autocast off: the teacher has
+        # chosen its own dtype.
+        with torch.no_grad(), torch.autocast(self.hidden_states.device.type, enabled=False):
+            hidden = self.hidden_states.flatten(0, 1)[index.to(self.hidden_states.device)]
+            return self.projection(hidden)
+
+    def divergence(self, student_logits: torch.Tensor, index: torch.Tensor, temperature: float) -> torch.Tensor:
+        teacher_logits = self.logits(index)[:, : student_logits.shape[-1]]
+        return dense_kl(student_logits, teacher_logits.to(student_logits.device), temperature)
+
+
+def _identity(logits: torch.Tensor) -> torch.Tensor:
+    return logits
+
+
+@dataclass
+class SparseSignal(TeacherSignal):
+    """The k most likely ids per token; the mass of all others is implied (`1 - sum`), never renormalised away.
+
+    Args:
+        top_ids: `(B, T, k)`.
+        top_logprobs: `(B, T, k)`, at temperature 1; values <= -1e3 (or NaN) mark absent entries.
+        vocab_size, num_tokens, tokenizer_id, positions: see [`TeacherSignal`].
+
+    Raises:
+        ValueError: unequal shapes, or a temperature other than 1 (vLLM, for one, ignores it for given tokens).
+    """
+
+    top_ids: torch.Tensor
+    top_logprobs: torch.Tensor
+    vocab_size: int
+    num_tokens: int | None = None
+    temperature: float = 1.0
+    tokenizer_id: str | None = None
+    positions: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if self.top_ids.shape != self.top_logprobs.shape or self.top_ids.ndim != 3:
+            raise ValueError(
+                f"`top_ids` {tuple(self.top_ids.shape)} and `top_logprobs` {tuple(self.top_logprobs.shape)} must both "
+                "be (B, T, k)."
+            )
+        if self.temperature != 1:
+            raise ValueError(
+                f"A sparse signal must be made at temperature 1, got {self.temperature}: the tail's share at another "
+                "one is unknown. "
+                "Ask the teacher for log-probabilities at temperature 1."
+            )
+
+    def divergence(self, student_logits: torch.Tensor, index: torch.Tensor, temperature: float) -> torch.Tensor:
+        index = index.to(self.top_ids.device)
+        top_ids = self.top_ids.flatten(0, 1)[index].to(student_logits.device)
+        top_logprobs = self.top_logprobs.flatten(0, 1)[index].to(student_logits.device)
+        if student_logits.shape[-1] < self.vocab_size:
+            # padded columns of the teacher: no text holds them, their mass falls into the tail
+            top_logprobs = top_logprobs.masked_fill(top_ids >= student_logits.shape[-1], 10 * ABSENT_LOGPROB)
+        return sparse_kl(student_logits, top_ids, top_logprobs, temperature)
+
+
+@dataclass(frozen=True)
+class TeacherCapabilities:
+    """What a teacher can give. Asked before training starts, and refused there.
+
+    Attributes:
+        form: `dense` (full distributions) or `sparse` (top-k with a tail).
+        scores_given_tokens: it gives distributions for *our* text; a teacher that only writes its own cannot be used
+            in [`KDTrainer`].
+        any_temperature: its distributions can be softened (full logits can, a top-k cannot).
+        remote: a call waits for a network; computing the next batch's signal meanwhile (`prefetch`) pays.
+    """
+
+    form: str = "dense"
+    scores_given_tokens: bool = True
+    any_temperature: bool = True
+    remote: bool = False
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """A source of [`TeacherSignal`]. Used from one thread at a time."""
+
+    vocab_size: int
+    num_tokens: int | None
+    capabilities: TeacherCapabilities
+
+    def signal(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> TeacherSignal:
+        """`(B, T)` ids and mask (0: not text) -> what the teacher says at every position. Finite everywhere, also
+        under the mask."""
+        ...
+
+    def check(self) -> None:
+        """Do whatever shows that the teacher works. Raises an exception that says what is wrong and what to do."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory, connections, files. May be called twice; `signal` raises afterwards."""
+        ...
+
+
+# Strings on which tokenizers that merely have the same size come apart: spaces, case, digits, code, accents, CJK,
+# emoji, control characters.
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "    def f(x, *, y=None):\n        return x ** 2  # 3.14159\n",
+    "naïve Straße, 東京, Привет, 👩‍🚀",
+    "1234567890 0xDEADBEEF \t\r\n\n  https://example.org/?a=b&c=d",
+    "don't WON'T it's “quoted” — and…",
+)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> list[list[int]]:
+    """Ids of [`PROBES`], without special tokens: equal for two tokenizers that mean the same text by the same ids."""
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES]
+
+
+def check_same_tokenizer(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
+    """Refuse two tokenizers that read the same text as different ids.
+
+    Sizes say nothing: two BPE vocabularies of 32000 differ in nearly every id, and a teacher asked about another one's
+    ids answers without any error.
+
+    Raises:
+        ValueError: with the first text that differs and both readings.
+    """
+    ours, theirs = tokenizer_fingerprint(student_tokenizer), tokenizer_fingerprint(teacher_tokenizer)
+    for text, a, b in zip(PROBES, ours, theirs, strict=True):
+        if a != b:
+            raise ValueError(
+                f"The teacher's tokenizer ({getattr(teacher_tokenizer, 'name_or_path', '') or 'unnamed'}, "
+                f"{len(teacher_tokenizer)} ids) is not the "
+                f"codec's ({getattr(student_tokenizer, 'name_or_path', '') or 'unnamed'}, {len(student_tokenizer)} "
+                f"ids): {text[:24]!r} reads "
+                f"{b[:6]} there and {a[:6]} here. Train the codec with the teacher's tokenizer (`--tokenizer` of "
+                "train_autoencoder.py)."
+            )
