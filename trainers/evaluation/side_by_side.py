@@ -24,6 +24,8 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from modeling_latentforge import LatentForgeAutoencoder, LatentForgeAutoencoderConfig, LatentForgeForCausalLM
 
+from ..ae_config import AEConfig
+from ..ae_trainer import AETrainer
 from ..data import DataArguments, PatchCollator, load_blocks, load_texts
 from ..kd_config import KDConfig
 from ..kd_trainer import KDTrainer
@@ -92,6 +94,7 @@ class SideBySide:
             all read the same blocks.
         eval_tokens: held-out tokens.
         hidden_size, num_hidden_layers: of the Llama-shaped backbone; heads of 64, MLP of 8/3.
+        codec_steps: of 4096 tokens, where a run reads a trained codec.
         say: takes a line of progress.
     """
 
@@ -106,6 +109,7 @@ class SideBySide:
     eval_tokens: int = 2**17
     hidden_size: int = 256
     num_hidden_layers: int = 4
+    codec_steps: int = 500
     say: Callable[[str], None] = print
 
     def __post_init__(self) -> None:
@@ -146,6 +150,39 @@ class SideBySide:
             f"{run.kind}-{hashlib.sha256(json.dumps([shared, asdict(run)], sort_keys=True).encode()).hexdigest()[:12]}"
         )
 
+    def codec(self, patch_size: int) -> str:
+        """Directory of a codec of `latent_size` 32 K, trained once, on this text."""
+        path = self.work_dir / f"codec-{patch_size}"
+        if not (path / "config.json").exists():
+            self.say(f"codec of patch size {patch_size}")
+            set_seed(0)
+            codec = LatentForgeAutoencoder(self._codec_config(patch_size, hidden_size=256, intermediate_size=768))
+            arguments = AEConfig(
+                output_dir=str(self.work_dir / "codec-trainer"),
+                per_device_train_batch_size=4096 // self.block_size,
+                max_steps=self.codec_steps,
+                learning_rate=3e-3,
+                lr_scheduler_type="cosine",
+                warmup_steps=20,
+                save_strategy="no",
+                logging_steps=50,
+                disable_tqdm=True,
+            )
+            AETrainer(
+                codec, arguments, train_dataset=self.blocks()[0], data_collator=PatchCollator(patch_size)
+            ).train()
+            codec.save_pretrained(path)
+        return str(path)
+
+    def _codec_config(self, patch_size: int, **sizes: int) -> LatentForgeAutoencoderConfig:
+        return LatentForgeAutoencoderConfig(
+            vocab_size=len(self.tokenizer),
+            patch_size=patch_size,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **sizes,
+        )
+
     # -- one run
 
     def result(self, run: Run) -> dict[str, Any]:
@@ -182,14 +219,7 @@ class SideBySide:
             return token_lm
         if run.autoencoder is None:
             autoencoder = LatentForgeAutoencoder(
-                LatentForgeAutoencoderConfig(
-                    vocab_size=len(self.tokenizer),
-                    patch_size=run.patch_size,
-                    hidden_size=32,
-                    intermediate_size=32,
-                    eos_token_id=self.tokenizer.eos_token_id,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                )
+                self._codec_config(run.patch_size, hidden_size=32, intermediate_size=32)
             )
         else:
             autoencoder = LatentForgeAutoencoder.from_pretrained(run.autoencoder)

@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from trainers.evaluation import experiments
+from trainers.evaluation.side_by_side import Run, SideBySide
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experiments")
+    with open(torch.__file__) as source:  # real text
+        (folder / "text.txt").write_text(source.read()[:60_000])
+    return SideBySide(
+        folder / "work",
+        str(folder / "text.txt"),
+        None,
+        vocab_size=300,
+        num_tokens=1024,
+        block_size=64,
+        tokens_per_step=512,
+        eval_tokens=1024,
+        hidden_size=64,
+        num_hidden_layers=1,
+        codec_steps=2,
+        say=lambda line: None,
+    )
+
+
+def test_every_variant_is_a_run_of_its_own(table):
+    """Two variants that hash to one run give a table whose rows agree by construction."""
+    for name, experiment in experiments.EXPERIMENTS.items():
+        codec = "codec" if experiment.needs_codec else None
+        base = Run("student", 2e-3, 0, 8, dict(experiments.BASE), autoencoder=codec)
+        names = {table.name(change(base)) for change in experiment.variants.values()}
+        assert len(names) == len(experiment.variants), name
+
+
+def test_a_table_has_a_row_per_variant_and_the_range_over_seeds(table):
+    """One seed's figure that reads like the mean of several is not evidence."""
+    lines = experiments.answer("decoder_memory", table, seeds=(0, 1)).splitlines()
+    assert lines[0] == experiments.EXPERIMENTS["decoder_memory"].question
+    assert lines[2].startswith("|  | NLL | at context 1-15 | at context 16-63 | training, s |")
+    assert [line.split(" | ")[0] for line in lines[4:]] == ["| none", "| patches"]
+    assert " to " in lines[4]
+
+
+def test_brier_of_parallel_heads_on_a_trained_codec(table):
+    """Draws of patches that hold padding, or of other patches than the targets, would look like a bad head."""
+    lines = experiments.answer("parallel_head", table).splitlines()
+    assert lines[2].startswith("|  | Brier-1 | Brier-2 | Brier-3 | Brier-4 |")
+    assert len(lines) == 4 + 3
+    figures = [float(cell) for cell in lines[-1].split(" | ")[1:5]]
+    assert all(-100 <= figure <= 100 for figure in figures)
+
+
+def test_an_unknown_experiment_names_those_there_are(table):
+    """A misspelt name must not train for an hour first."""
+    with pytest.raises(ValueError, match="decoder_windows.*decoder_window"):
+        experiments.answer("decoder_windows", table)

@@ -1,0 +1,147 @@
+"""The questions of docs/experiments.md: each a table of variants, trained side by side and judged on held-out text."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from .brier import brier_scores, draw_patches
+from .side_by_side import Run, SideBySide
+
+
+# figure name -> value, of one trained run
+Judge = Callable[[SideBySide, Run], dict[str, float]]
+
+
+def held_out_nll(table: SideBySide, run: Run) -> dict[str, float]:
+    """Nats per token, whole and by context length."""
+    result = table.result(run)
+    return {"NLL": result["nll"]} | {f"at context {name}": nll for name, nll in result["nll_by_context"].items()}
+
+
+def brier(table: SideBySide, run: Run) -> dict[str, float]:
+    """Brier-n of two draws per patch, in percent."""
+    model = table.load(run)
+    torch.manual_seed(0)
+    draws: list[list[torch.Tensor]] = [[], [], []]
+    for batch in table.eval_batches():
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        patches = ids.unflatten(1, (-1, run.patch_size))[:, 1:]
+        whole = mask.unflatten(1, (-1, run.patch_size))[:, 1:].bool().all(-1)
+        for kept, values in zip(
+            draws, (draw_patches(model, ids, mask), draw_patches(model, ids, mask), patches), strict=True
+        ):
+            kept.append(values[whole])
+    scores = brier_scores(*(torch.cat(kept) for kept in draws))
+    return {f"Brier-{n}": 100 * float(score) for n, score in enumerate(scores[:4], start=1)}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A question and the variants that answer it.
+
+    Attributes:
+        question: as it stands in docs/experiments.md.
+        variants: name -> what it changes in the base run.
+        judge: figures of a trained run.
+        needs_codec: variants read a trained codec.
+    """
+
+    question: str
+    variants: Mapping[str, Callable[[Run], Run]]
+    judge: Judge = held_out_nll
+    needs_codec: bool = False
+    base: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _student(**fields: Any) -> Callable[[Run], Run]:
+    return lambda run: replace(run, student={**run.student, **fields})
+
+
+def _weights(**weights: float) -> Callable[[Run], Run]:
+    return lambda run: replace(run, weights=weights)
+
+
+BASE = {"decoder_type": "autoregressive", "num_decoder_layers": 1, "decoder_memory": "patches"}
+
+EXPERIMENTS = {
+    "context": Experiment(
+        "What does each kind of model make of a long context?",
+        {
+            "token LM": lambda run: Run("token_lm", run.learning_rate, run.seed),
+            "decoder alone": lambda run: replace(run, kind="decoder_alone"),
+            "student, one latent per patch": _student(decoder_memory="none"),
+            "student, memory of patches": lambda run: run,
+        },
+    ),
+    "decoder_window": Experiment(
+        "How many tokens back should the decoder see?",
+        {f"{n} patches": (lambda run, n=n: _student(decoder_window=n * run.patch_size)(run)) for n in (1, 2, 4)},
+    ),
+    "decoder_memory": Experiment(
+        "Does the decoder gain from all earlier patch states, beside its own patch's latent?",
+        {"none": _student(decoder_memory="none"), "patches": _student(decoder_memory="patches")},
+    ),
+    "decoder_depth": Experiment("One decoder layer or two?", {str(n): _student(num_decoder_layers=n) for n in (1, 2)}),
+    "mse_weight": Experiment(
+        "Does pulling the latent to the codec's help?",
+        {f"{weight:g}": _weights(ce_weight=1.0, mse_weight=weight) for weight in (0.0, 0.1, 1.0)},
+        needs_codec=True,
+    ),
+    "input_mode": Experiment(
+        "Should the backbone read token embeddings or the codec's latents?",
+        {mode: _student(input_mode=mode) for mode in ("tokens", "latents")},
+        needs_codec=True,
+    ),
+    "parallel_head": Experiment(
+        "With the codec's parallel decoder: one vector, or samples trained with the energy score?",
+        {
+            "regression (ce 1, mse 1)": lambda run: replace(
+                run, student={"decoder_type": "parallel"}, weights={"ce_weight": 1.0, "mse_weight": 1.0}
+            ),
+            "regression (ce 1)": lambda run: replace(run, student={"decoder_type": "parallel"}),
+            "energy": lambda run: replace(
+                run,
+                student={"decoder_type": "parallel", "head_config": {"head_type": "energy"}},
+                weights={"ce_weight": 0.0, "energy_weight": 1.0},
+            ),
+        },
+        judge=brier,
+        needs_codec=True,
+    ),
+}
+
+
+def answer(
+    name: str, table: SideBySide, patch_size: int = 8, learning_rate: float = 2e-3, seeds: Sequence[int] = (0,)
+) -> str:
+    """Train what is missing and return the experiment's table in Markdown: mean over seeds, and their range.
+
+    Raises:
+        ValueError: an unknown experiment.
+    """
+    if name not in EXPERIMENTS:
+        raise ValueError(f"unknown experiment {name!r}: known are {', '.join(EXPERIMENTS)}")
+    experiment = EXPERIMENTS[name]
+    codec = table.codec(patch_size) if experiment.needs_codec else None
+    rows: list[list[str]] = []
+    columns: list[str] = []
+    for variant, change in experiment.variants.items():
+        figures: dict[str, list[float]] = {}
+        for seed in seeds:
+            run = change(Run("student", learning_rate, seed, patch_size, dict(BASE), autoencoder=codec))
+            for column, value in experiment.judge(table, run).items():
+                figures.setdefault(column, []).append(value)
+            figures.setdefault("training, s", []).append(table.result(run)["seconds"])
+        columns = list(figures)
+        rows.append([variant, *(_cell(column, values) for column, values in figures.items())])
+    lines = [["", *columns], ["---"] * (len(columns) + 1), *rows]
+    return f"{experiment.question}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(column: str, values: Sequence[float]) -> str:
+    digits = 0 if column.endswith(", s") else 3
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 or not digits else f"{mean} ({min(values):.3f} to {max(values):.3f})"
