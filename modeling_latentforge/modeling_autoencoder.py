@@ -56,6 +56,11 @@ class LatentForgeMLPBlock(nn.Module):
         return x + self.down_proj(nn.functional.silu(gate) * up)
 
 
+# An untrained posterior of standard deviation 1 around means of 0.3 drowns every token: 56 % of them came back after 500
+# steps, with this start 49 % after 100 (measured: K=8, D=256, vocabulary 4096).
+INITIAL_LOG_STD = -2.0
+
+
 def _blocks(config: LatentForgeAutoencoderConfig, count: int) -> nn.Sequential:
     return nn.Sequential(
         *(LatentForgeMLPBlock(config.hidden_size, config.intermediate_size, config.rms_norm_eps) for _ in range(count))
@@ -77,7 +82,7 @@ class LatentForgeEncoder(nn.Module):
     def forward(self, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = self.squeeze(self.token_blocks(embeds).flatten(-2))  # (..., H)
         mean, log_std = self.to_posterior(self.norm(self.patch_blocks(hidden))).chunk(2, dim=-1)
-        return mean, log_std.clamp(-8.0, 4.0)
+        return mean, (log_std + INITIAL_LOG_STD).clamp(-8.0, 4.0)
 
 
 class LatentForgeDecoder(nn.Module):

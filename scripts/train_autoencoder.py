@@ -38,6 +38,7 @@ class CodecArguments:
         default=0.5, metadata={"help": "Nats per latent dimension below which the KL does not push."}
     )
     tie_word_embeddings: bool = True
+    initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the initial weights."})
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:

@@ -144,6 +144,9 @@ def test_trained_decoder_starts_as_the_codecs_and_moves_alone():
 def test_save_and_load_keeps_logits_and_the_frozen_codec(head, decoder, tmp_path):
     """`from_pretrained` silently unfreezes everything."""
     student = tiny_student(head, decoder)
+    with torch.no_grad():
+        for parameter in student.parameters():  # trained weights: none stands where initialisation would put it
+            parameter.add_(0.1 * torch.randn_like(parameter))
     student.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = text_batch(2, 14)

@@ -505,5 +505,5 @@ ROWS = [
         equalities,
         setup="2 x 64, K=4, every pair",
     ),
-    Row("tests", "the quick tests", "<= 8 minutes; coverage >= 90 %", tests),
+    Row("tests", "the quick tests", "<= 8 minutes; coverage >= 90 %", tests, setup="quick suite, 2 cores"),
 ]

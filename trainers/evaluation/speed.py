@@ -36,7 +36,7 @@ def count_backbone_steps(model: Any) -> Iterator[StepCounter]:
 
 def generation_speed(
     models: Mapping[str, Any],
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     new_tokens: int = 128,
     do_sample: bool = False,
     repeats: int = 5,
@@ -85,7 +85,7 @@ def generation_speed(
     }
 
 
-def _write(model: Any, input_ids: torch.LongTensor, new_tokens: int, do_sample: bool) -> float:
+def _write(model: Any, input_ids: torch.Tensor, new_tokens: int, do_sample: bool) -> float:
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {"do_sample": False}
     if input_ids.is_cuda:
         torch.cuda.synchronize()
