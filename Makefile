@@ -33,8 +33,9 @@ ROW ?=
 # Without a teacher of your own, a small token model is trained and distilled; with one, its tokenizer is everybody's.
 TEACHER_MODEL = $(or $(TEACHER),$(CHECKPOINTS)/teacher)
 TOKENIZER = $(or $(TEACHER),$(CHECKPOINTS)/tokenizer)
+# the recipes warm up for 1000 and 2000 steps, more than a small corpus has: here it is a share of all steps
 LENGTH = $(if $(EPOCHS),--num_train_epochs "$(EPOCHS)") $(if $(STEPS),--max_steps "$(STEPS)") \
-	$(if $(BATCH_SIZE),--per_device_train_batch_size "$(BATCH_SIZE)")
+	$(if $(BATCH_SIZE),--per_device_train_batch_size "$(BATCH_SIZE)") --warmup_steps 0.05
 
 # text a person types reaches the shell as environment, whatever quotes and dollars it holds
 export DATA_TEXT := $(value DATA)
@@ -114,7 +115,7 @@ test: setup ## the quick suite
 	$(BIN)/python -m pytest -q
 
 .PHONY: test-fast
-test-fast: setup ## the parts alone: no scripts, no processes
+test-fast: setup ## all but the scripts
 	$(BIN)/python -m pytest -q --timeout 60 --ignore tests/scripts
 
 .PHONY: test-e2e

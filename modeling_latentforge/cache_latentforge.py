@@ -33,6 +33,9 @@ class LatentForgeCache(Cache):
     def __init__(self, backbone: Cache):
         super().__init__(layers=[])
         self.backbone = backbone
+        self._clear()
+
+    def _clear(self) -> None:
         self.seq_length = 0
         self.lengths: list[int] = []
         self.pending_ids: torch.Tensor | None = None
@@ -70,7 +73,7 @@ class LatentForgeCache(Cache):
 
     def reset(self) -> None:
         self.backbone.reset()
-        self.__init__(self.backbone)
+        self._clear()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.backbone.reorder_cache(beam_idx)

@@ -1,6 +1,7 @@
 """Configuration of the student: a causal backbone over patches, a head (hidden state -> latent) and a decoder (latent
 -> K tokens)."""
 
+import copy
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -53,9 +54,13 @@ class LatentHeadConfig(PreTrainedConfig):
 
 def _build_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
     if isinstance(config, PreTrainedConfig):
+        config = copy.deepcopy(config)
+        # generation would end texts at the backbone's ids where the codec has none
+        config.bos_token_id = config.eos_token_id = config.pad_token_id = None
         return config
     fields = dict(config or {})
     model_type = fields.pop("model_type", "llama")
+    fields |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     try:
         return AutoConfig.for_model(model_type, **fields)
     except ValueError as error:
@@ -83,7 +88,7 @@ class LatentForgeConfig(PreTrainedConfig):
             autoregressive decoder; sizes default to the backbone's hidden size, 8/3 of the decoder's width, and one
             head per 64.
         decoder_window: W, tokens that a decoder layer sees, the current one included; default `2 * patch_size`.
-        decoder_memory: `none`, or `patches`: the decoder also attends to all conditions up to its own patch's.
+        decoder_memory: `none`, or `patches`: one decoder layer also attends to all conditions up to its own patch's.
         decoder_output_size: width of the output matrix; default, the decoder's width. Smaller makes the output
             low-rank.
         tie_word_embeddings: the autoregressive decoder's output matrix is its embedding matrix (needs the two widths

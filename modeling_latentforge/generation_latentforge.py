@@ -19,8 +19,10 @@ class LatentGenerationMixin(GenerationMixin):
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         user_cache = model_kwargs.get("past_key_values")
-        # LatentForge specific: the backbone's cache counts patches
-        max_cache_length = -(-int(max_cache_length) // self.config.patch_size) + 1
+        # LatentForge specific: the backbone's cache counts patches. Rows of a padded batch complete theirs at
+        # different tokens, and each time takes a slot of all rows: then only the tokens bound their number.
+        if batch_size == 1 or self.config.decoder_type == "parallel":
+            max_cache_length = -(-int(max_cache_length) // self.config.patch_size) + 1
         result = super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
@@ -29,31 +31,28 @@ class LatentGenerationMixin(GenerationMixin):
             model_kwargs["past_key_values"] = LatentForgeCache(cache)
         return result
 
-    def _sample(
-        self,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        generation_config,
-        synced_gpus=False,
-        streamer=None,
-        **model_kwargs,
-    ):
-        # LatentForge specific: the grid of a parallel decoder ends at the prompt's end and must not move while the
-        # text grows
-        if self.config.decoder_type == "parallel" and model_kwargs.get("patch_offset") is None:
-            model_kwargs["patch_offset"] = -input_ids.shape[1] % self.config.patch_size
-        if model_kwargs.get("sample_noise") is None:
-            model_kwargs["sample_noise"] = bool(generation_config.do_sample)
-        return super()._sample(
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            synced_gpus=synced_gpus,
-            streamer=streamer,
-            **model_kwargs,
-        )
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        kwargs = self._with_grid(input_ids, generation_config, kwargs)
+        return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+
+    def _beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        kwargs = self._with_grid(input_ids, generation_config, kwargs)
+        return super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+
+    def _with_grid(self, input_ids, generation_config, kwargs: dict) -> dict:
+        """LatentForge specific: what `forward` must be told at every token of one `generate`."""
+        kwargs = dict(kwargs)
+        # the grid of a parallel decoder ends at the prompt's end and must not move while the text grows
+        if self.config.decoder_type == "parallel" and kwargs.get("patch_offset") is None:
+            kwargs["patch_offset"] = -input_ids.shape[1] % self.config.patch_size
+        if kwargs.get("sample_noise") is None:
+            kwargs["sample_noise"] = bool(generation_config.do_sample)
+        if kwargs["sample_noise"] and self.head.noise_size and not kwargs.get("use_cache", True):
+            raise ValueError(
+                "Sampling from an energy head needs the cache: without it every token of a patch would be "
+                "decoded from another latent. Leave `use_cache` on, or set `do_sample=False`."
+            )
+        return kwargs
 
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)

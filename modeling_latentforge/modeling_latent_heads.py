@@ -109,7 +109,8 @@ class LatentForgeEnergyHead(nn.Module):
         """Energy score of `num_samples` latents against `num_targets` draws of the codec's posterior: `(P, H), (P, D),
         (P, D) -> (P,)`."""
         noise = self.draw_noise((self.num_samples, condition.shape[0]), condition)
-        samples = self.sample(condition.expand(self.num_samples, -1, -1), noise)
+        samples = self.sample(condition, noise)
+        target_mean, target_log_std = target_mean.float(), target_log_std.float()
         target_noise = torch.randn(
             self.num_targets, *target_mean.shape, device=target_mean.device, dtype=target_mean.dtype
         )

@@ -213,24 +213,27 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         Raises:
             ValueError: a codec with more ids than the teacher, or a layer that the teacher does not have.
         """
-        if isinstance(teacher, str):
+        if not isinstance(teacher, PreTrainedModel):
             teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
         base = teacher.base_model
-        embeddings = teacher.get_input_embeddings().weight
-        if autoencoder.config.vocab_size > embeddings.shape[0]:
+        num_embeddings = teacher.get_input_embeddings().weight.shape[0]
+        if autoencoder.config.vocab_size > num_embeddings:
             raise ValueError(
-                f"The codec has {autoencoder.config.vocab_size} token ids, the teacher {embeddings.shape[0]}: "
+                f"The codec has {autoencoder.config.vocab_size} token ids, the teacher {num_embeddings}: "
                 "train the codec with the teacher's tokenizer."
             )
         num_layers = base.config.num_hidden_layers
         layers = list(range(num_layers)) if layers is None else list(layers)
-        if not layers or any(not 0 <= layer < num_layers for layer in layers):
-            raise ValueError(f"`layers` must name some of the teacher's layers 0 to {num_layers - 1}, got {layers}.")
+        if not layers or len(set(layers)) < len(layers) or any(not 0 <= layer < num_layers for layer in layers):
+            raise ValueError(
+                f"`layers` must name some of the teacher's layers 0 to {num_layers - 1}, each once, got {layers}."
+            )
 
         backbone_config = copy.deepcopy(base.config)
         backbone_config.num_hidden_layers = len(layers)
         if getattr(backbone_config, "layer_types", None) is not None:
             backbone_config.layer_types = [base.config.layer_types[layer] for layer in layers]
+        config_kwargs.setdefault("tie_word_embeddings", bool(getattr(teacher.config, "tie_word_embeddings", False)))
         model = cls.from_autoencoder(autoencoder, backbone_config, **config_kwargs)
 
         (stack,) = [
@@ -255,11 +258,17 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             )
         target.load_state_dict({name: tensor for name, tensor in state.items() if name in target.state_dict()})
         if model.config.input_mode == "tokens":
-            model.model.patch_embedding.become_mean_of(embeddings)
-        if model.config.decoder_type == "autoregressive" and model.config.decoder_hidden_size == embeddings.shape[1]:
+            # through the module: some models scale what they look up
+            ids = torch.arange(autoencoder.config.vocab_size, device=teacher.device)
+            with torch.no_grad():
+                model.model.patch_embedding.become_mean_of(teacher.get_input_embeddings()(ids))
+        if (
+            model.config.decoder_type == "autoregressive"
+            and model.config.decoder_hidden_size == base.config.hidden_size
+        ):
             vocab_size, output = model.config.vocab_size, teacher.get_output_embeddings().weight
             with torch.no_grad():
-                model.decoder.embed_tokens.weight.copy_(embeddings[:vocab_size])
+                model.decoder.embed_tokens.weight.copy_(teacher.get_input_embeddings().weight[:vocab_size])
                 if model.config.decoder_output_size == output.shape[1]:
                     model.lm_head.weight.copy_(output[:vocab_size])
         return model
@@ -452,6 +461,11 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             if cache.seq_length:
                 return self._forward_cached(input_ids, attention_mask, cache, logits_to_keep, sample_noise)
         else:
+            if isinstance(past_key_values, LatentForgeCache) and past_key_values.seq_length:
+                raise ValueError(
+                    f"A cache of {past_key_values.seq_length} tokens goes with `use_cache` and without `labels`: "
+                    "losses are computed over whole rows."
+                )
             cache = None
 
         length = input_ids.shape[1]
@@ -490,7 +504,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         has_energy = self.config.head_config.head_type == "energy"
         if weights is None:
             weights = {"energy": 1.0} if has_energy else {}
-            if not has_energy or self.config.decoder_type == "autoregressive":
+            if not has_energy or hasattr(self, "decoder"):  # a decoder of its own has nothing else to learn from
                 weights["ce"] = 1.0
         unknown = set(weights) - set(LOSS_PARTS)
         if unknown:
@@ -585,7 +599,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         )
         counts = self._begin_cache(cache, grid, length, lengths)
         keep = self.config.decoder_window - 1
-        if not cache.is_ragged:
+        if min(lengths) == length:  # no row is padded
             lengths = lengths[0]
             cache.windows = [
                 (key[:, :, max(0, lengths - keep) : lengths], value[:, :, max(0, lengths - keep) : lengths])
@@ -595,6 +609,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             if memory is not None:
                 cache.memory = tuple(x[:, :, : lengths // patch_size + 1] for x in memory)
         else:
+            self._check_full_attention()
             # the last W - 1 tokens of each row, right-aligned; shorter rows have gaps on the left
             places = counts[:, None] - keep + torch.arange(keep, device=device)  # (B, W - 1)
             cache.window_mask = places >= 0
@@ -611,6 +626,18 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 cache.memory_mask = slots <= cache.num_patches
         cache.latent_embeds = self.decoder.embed_latents(current)
 
+    def _check_full_attention(self) -> None:
+        config = self.config.backbone_config
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if not kinds and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+            kinds = {"sliding_attention"}
+        if kinds - {"full_attention"}:
+            raise ValueError(
+                f"A {config.model_type} backbone with {', '.join(sorted(kinds - {'full_attention'}))} counts the gaps "
+                "between rows of unequal length as patches: generate from one prompt at a time, or from prompts "
+                "of one length without padding."
+            )
+
     def _fill_parallel_cache(self, cache, grid, length, vectors, patch_mask) -> None:
         self._begin_cache(cache, grid, length, [grid.input_ids.shape[1]] * grid.input_ids.shape[0])
         if patch_mask is not None:
@@ -622,6 +649,11 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         mask = None
         if attention_mask is not None:
             mask = attention_mask[:, -input_ids.shape[1] :].bool()
+            if 0 in cache.lengths:
+                raise ValueError(
+                    "The cache holds a row of nothing but padding: a left-padded prompt must be read in one piece "
+                    "(no `prefill_chunk_size`)."
+                )
         logits = []
         for column in range(input_ids.shape[1]):
             token_mask = None if mask is None else mask[:, column]
@@ -653,8 +685,8 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             embeds = self._embed_patches(
                 cache.pending_ids[:, None], None if cache.pending_mask is None else cache.pending_mask[:, None]
             )
+            filled = completed
             if cache.patch_mask is not None:
-                filled = completed
                 if self.config.decoder_type == "parallel" and cache.pending_mask is not None:
                     filled = completed & cache.pending_mask.any(1, keepdim=True)
                 cache.patch_mask = torch.cat([cache.patch_mask, filled], dim=1)
@@ -662,7 +694,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 raise AssertionError("a ragged cache has a patch mask from its prompt on")
             patch_mask = None if cache.patch_mask is None else cache.patch_mask.long()
             condition = self.model(embeds, patch_mask, cache.num_patches, cache.backbone, use_cache=True)  # (B, 1, H)
-            cache.num_patches = cache.num_patches + completed
+            cache.num_patches = cache.num_patches + filled
             latents = self.sample_latents(condition, sample_noise)
             if self.config.decoder_type == "parallel":
                 cache.patch_logits = self.get_output_embeddings()(self._decode_parallel(latents))
@@ -682,7 +714,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
 
         window_mask = None
         if cache.window_mask is not None:
-            seen = torch.cat([cache.window_mask, torch.ones_like(cache.window_mask[:, :1])], dim=1)
+            seen = torch.cat([cache.window_mask, cache.window_mask.new_ones(len(cache.lengths), 1)], dim=1)
             window_mask, cache.window_mask = seen[:, None, None], seen[:, 1:]
         memory_mask = None if cache.memory_mask is None else cache.memory_mask[:, None, None]
         hidden, cache.windows = self.decoder.step(

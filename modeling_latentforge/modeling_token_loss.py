@@ -46,7 +46,7 @@ class _TokenLoss(torch.autograd.Function):
                 index = torch.arange(start, start + chunk.shape[0], device=hidden.device)
                 with torch.enable_grad():
                     leaf = logits.detach().requires_grad_(need_hidden or need_weight)
-                    kd = (distillation(leaf, index) * valid).sum()
+                    kd = distillation(leaf, index).masked_fill(~valid, 0).sum()
                 kd_sum += kd.detach()
                 if leaf.requires_grad and distillation_weight:
                     (grad_logits,) = torch.autograd.grad(kd, leaf)
@@ -86,9 +86,9 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx, grad_total, *_):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_total.to(grad_hidden.dtype)
+            grad_hidden.mul_(grad_total)  # in place: at a large vocabulary a copy is as much again
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_total).to(ctx.weight_dtype)
+            grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
 
@@ -116,4 +116,6 @@ def token_loss(
     Gradients equal those of `F.cross_entropy(hidden @ weight.T, targets, reduction="sum")` up to rounding. The result
     cannot be differentiated twice.
     """
+    if not torch.is_grad_enabled():  # inside a Function every parameter seems to want its gradient
+        hidden, weight = hidden.detach(), weight.detach()
     return _TokenLoss.apply(hidden, weight, targets, float(ce_weight), distillation, float(distillation_weight))

@@ -118,7 +118,10 @@ def plan(arguments: DemoArguments) -> list[Stage]:
         identity = [identity, data_identity(arguments.teacher)]
 
     def stage(name: str, script: str, flags: dict[str, Any], upstream: Sequence[Stage]) -> Stage:
-        return Stage(name, script, {**flags, **recipe[name]}, list(upstream), identity, out / name)
+        flags = {**flags, **recipe[name]}
+        if "block_size" in flags:  # the recipe's, brought to whole patches
+            flags["block_size"] = max(flags["block_size"] // patch_size, 1) * patch_size
+        return Stage(name, script, flags, list(upstream), identity, out / name)
 
     stages: list[Stage] = []
     roots: list[Stage] = []

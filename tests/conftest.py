@@ -31,6 +31,21 @@ BACKBONES = {
 HEAD_DECODER = [(head, decoder) for head in ("regression", "energy") for decoder in ("autoregressive", "parallel")]
 
 
+# what `pytest -k` of the first LatentForge selects, by module
+KEYWORDS = {
+    "env": ("test_rooms", "test_readme", "test_remote_code", "test_selectors"),
+    "kd_api": ("test_teachers", "test_losses", "test_kd_trainer"),
+    "pack": ("test_data",),
+    "ae_unit": ("test_autoencoder", "test_ae_trainer", "test_reconstruction"),
+    "student_unit": ("test_latentforge", "test_latent_heads", "test_token_loss", "test_generation"),
+    "infer_e2e": ("test_infer",),
+}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.extra_keyword_matches.update(word for word, modules in KEYWORDS.items() if item.path.stem in modules)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -72,6 +72,7 @@ class Row:
         measure: makes the measurement.
         long: takes more than 30 minutes; runs only when named or with `--long`.
         setup: model size, corpus, tokens and seeds behind the figure.
+        also: files and folders beside the code that the figure depends on.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Row:
     measure: Callable[[Context], Measured]
     long: bool = False
     setup: str = ""
+    also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.name or not all(letter.isalnum() or letter in "_-" for letter in self.name):
@@ -144,10 +146,10 @@ def run_topic(
     if only is not None and only not in {row.name for row in rows}:
         raise ValueError(f"topic {topic!r} has no row {only!r}: it has {', '.join(row.name for row in rows)}")
     path = Path(results_dir) / f"verify_{topic}.json"
-    code = code_hash(topic)
     chosen = [row for row in rows if only is None or row.name == only]
     lacking = []
     for row in chosen:
+        code = code_hash(topic, also=row.also) if row.also else code_hash(topic)
         last = last_measurements(path).get(row.name)
         current = last is not None and last["code"] == code and last["verdict"] != "error"
         waits = row.long and not long and only is None
@@ -174,12 +176,12 @@ def last_measurements(path: str | Path) -> dict[str, dict[str, Any]]:
     return {record["row"]: record for record in _read(Path(path))}
 
 
-def code_hash(topic: str, root: Path = ROOT) -> str:
-    """Hash of every source and recipe file that a measurement of `topic` may depend on."""
+def code_hash(topic: str, root: Path = ROOT, also: Sequence[str] = ()) -> str:
+    """Hash of every source and recipe file that a measurement of `topic` may depend on, and of `also`."""
     digest = hashlib.sha256()
-    for room in ("modeling_latentforge", "trainers", "scripts"):
-        for file in sorted((root / room).rglob("*")):
-            if file.suffix not in (".py", ".yaml"):
+    for name in ("modeling_latentforge", "trainers", "scripts", *also):
+        for file in sorted((root / name).rglob("*")) if (root / name).is_dir() else [root / name]:
+            if file.suffix not in (".py", ".yaml") and file != root / name:
                 continue
             if file.stem.startswith(ROWS_PREFIX) and file.stem != ROWS_PREFIX + topic:
                 continue

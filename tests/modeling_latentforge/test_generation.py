@@ -1,8 +1,9 @@
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, MistralConfig
 
-from tests.conftest import BACKBONES, EOS, HEAD_DECODER, PAD, text_batch, tiny_student
+from modeling_latentforge import LatentForgeForCausalLM
+from tests.conftest import BACKBONES, EOS, HEAD_DECODER, PAD, text_batch, tiny_autoencoder, tiny_student
 
 
 PAIRS = pytest.mark.parametrize("head, decoder", HEAD_DECODER)
@@ -39,11 +40,12 @@ def test_cached_logits_equal_those_of_one_forward_pass(head, decoder):
 
 
 @PAIRS
-def test_left_padded_batch_generates_what_each_row_generates_alone(head, decoder):
-    """Rows complete their patches at different times; a neighbour's patch boundary must not move mine."""
+@pytest.mark.parametrize("lengths", [[9, 4, 6, 1], [7, 4, 6, 1], [4, 4, 4, 4]])
+def test_left_padded_batch_generates_what_each_row_generates_alone(head, decoder, lengths):
+    """Rows complete their patches at different times; a neighbour's patch boundary must not move mine. Nor may padding
+    that all rows share, as a server with fixed lengths has."""
     student = tiny_student(head, decoder)
     ids = text_batch(4, 9)
-    lengths = [9, 4, 6, 1]
     padded, mask = torch.full((4, 9), PAD), torch.zeros(4, 9, dtype=torch.long)
     for row, length in enumerate(lengths):
         padded[row, 9 - length :], mask[row, 9 - length :] = ids[row, :length], 1
@@ -113,9 +115,10 @@ def test_the_backbone_runs_once_per_patch():
         assert len(calls) == 1 + 3  # the prompt, and three of the four new patches
 
 
-def test_beam_search_and_several_sequences():
-    """Stock features that reorder the cache must find every part of it reordered."""
-    student = tiny_student()
+@PAIRS
+def test_beam_search_and_several_sequences(head, decoder):
+    """Stock features that reorder the cache must find every part of it reordered, and the grid where it was."""
+    student = tiny_student(head, decoder)
     ids = text_batch(2, 6)
     cached = _generate(student, ids, num_beams=3, num_return_sequences=2)
     assert cached.shape == (4, 17)
@@ -147,3 +150,58 @@ def test_a_prompt_of_only_eos_starts_a_text():
     """The shortest prompt there is."""
     out = _generate(tiny_student(), torch.tensor([[EOS]]))
     assert out.shape == (1, 12)
+
+
+def test_labels_beside_a_filled_cache_are_refused():
+    """The loss would be that of the new tokens without what stands before them."""
+    student, ids = tiny_student(), text_batch(1, 12)
+    cache = student(ids[:, :8], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cache of 8 tokens"):
+        student(ids[:, 8:], past_key_values=cache, labels=ids[:, 8:])
+
+
+def test_sampling_an_energy_head_without_the_cache_is_refused():
+    """Each token of a patch would come from another latent: fluent nonsense at K times the price."""
+    with pytest.raises(ValueError, match="use_cache"):
+        _generate(tiny_student("energy"), text_batch(1, 6), do_sample=True, use_cache=False)
+
+
+def test_unequal_rows_on_a_sliding_window_backbone_are_refused():
+    """The gaps between rows would count as patches inside the window: wrong text, no error."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    student = tiny_student(backbone=MistralConfig(**sizes, num_key_value_heads=2, sliding_window=3))
+    ids, mask = text_batch(2, 9), torch.ones(2, 9, dtype=torch.long)
+    assert _generate(student, ids).shape == (2, 20)
+    mask[0, :3] = 0
+    with pytest.raises(ValueError, match="mistral.*sliding_attention"):
+        _generate(student, ids, attention_mask=mask)
+
+
+def test_static_cache_has_room_for_rows_that_complete_their_patches_apart():
+    """A slot per patch is too few where every row takes its own."""
+    student, ids = tiny_student(), text_batch(4, 9)
+    mask = torch.ones_like(ids)
+    for row, pads in enumerate((0, 1, 3, 2)):
+        mask[row, :pads] = 0
+    static = _generate(student, ids, attention_mask=mask, cache_implementation="static", max_new_tokens=20)
+    assert torch.equal(static, _generate(student, ids, attention_mask=mask, max_new_tokens=20))
+
+
+def test_chunked_prefill_of_padded_rows_is_refused():
+    """Padding in a later chunk would read as masked text."""
+    ids, mask = text_batch(1, 12), torch.ones(1, 12, dtype=torch.long)
+    mask[0, :6] = 0
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        _generate(tiny_student(), ids, attention_mask=mask, prefill_chunk_size=4)
+
+
+def test_the_backbones_own_eos_does_not_end_texts():
+    """LlamaConfig brings eos 2: a text would stop at whatever token 2 is."""
+    student = tiny_student()
+    assert student.generation_config.eos_token_id == EOS
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    codec = tiny_autoencoder()
+    codec.config.eos_token_id = None
+    bare = LatentForgeForCausalLM.from_autoencoder(codec, config)
+    assert bare.generation_config.eos_token_id is None and bare.generation_config.bos_token_id is None
+    assert config.eos_token_id == 2  # the caller's own config is left alone

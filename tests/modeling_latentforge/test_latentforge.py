@@ -235,6 +235,7 @@ def test_from_teacher_copies_layers_and_reads_a_patch_as_the_mean_of_its_embeddi
     mean = teacher.get_input_embeddings()(ids).view(1, 2, 4, -1).mean(2)
     torch.testing.assert_close(patch, mean)
     assert torch.equal(student.lm_head.weight, teacher.get_output_embeddings().weight)
+    assert torch.equal(student.decoder.embed_tokens.weight, teacher.get_input_embeddings().weight)
     assert student(ids).logits.isfinite().all()
 
 
@@ -245,7 +246,7 @@ def test_from_teacher_refuses_a_foreign_vocabulary_and_missing_layers():
     with pytest.raises(ValueError, match=f"{VOCAB} token ids, the teacher 100"):
         LatentForgeForCausalLM.from_teacher(AutoModelForCausalLM.from_config(config), tiny_autoencoder())
     teacher = AutoModelForCausalLM.from_config(BACKBONES["llama"]())
-    with pytest.raises(ValueError, match=r"layers 0 to 1, got \[2\]"):
+    with pytest.raises(ValueError, match=r"layers 0 to 1, each once, got \[2\]"):
         LatentForgeForCausalLM.from_teacher(teacher, tiny_autoencoder(), layers=[2])
 
 

@@ -37,7 +37,7 @@ def brier_scores(first: torch.Tensor, second: torch.Tensor, targets: torch.Tenso
 
 @torch.no_grad()
 def draw_patches(
-    model: LatentForgeForCausalLM, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None
+    model: LatentForgeForCausalLM, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> torch.LongTensor:
     """One draw of every patch but the first, given the true text before it: `(B, T) -> (B, N - 1, K)`, T = N * K.
 

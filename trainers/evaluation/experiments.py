@@ -60,6 +60,10 @@ def _student(**fields: Any) -> Callable[[Run], Run]:
     return lambda run: replace(run, student={**run.student, **fields})
 
 
+def _window(patches: int) -> Callable[[Run], Run]:
+    return lambda run: replace(run, student={**run.student, "decoder_window": patches * run.patch_size})
+
+
 def _weights(**weights: float) -> Callable[[Run], Run]:
     return lambda run: replace(run, weights=weights)
 
@@ -78,7 +82,7 @@ EXPERIMENTS = {
     ),
     "decoder_window": Experiment(
         "How many tokens back should the decoder see?",
-        {f"{n} patches": (lambda run, n=n: _student(decoder_window=n * run.patch_size)(run)) for n in (1, 2, 4)},
+        {f"{n} patches": _window(n) for n in (1, 2, 4)},
     ),
     "decoder_memory": Experiment(
         "Does the decoder gain from all earlier patch states, beside its own patch's latent?",

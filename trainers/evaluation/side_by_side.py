@@ -71,7 +71,7 @@ class Run:
     seed: int = 0
     patch_size: int = 8
     student: dict[str, Any] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
     teacher: str | None = None
     autoencoder: str | None = None
 
@@ -98,7 +98,7 @@ class SideBySide:
         say: takes a line of progress.
     """
 
-    work_dir: Path
+    work_dir: Path | str
     data: str
     eval_data: str | None
     vocab_size: int
@@ -113,7 +113,9 @@ class SideBySide:
     say: Callable[[str], None] = print
 
     def __post_init__(self) -> None:
-        self.work_dir = Path(self.work_dir)
+        shared = {name: value for name, value in vars(self).items() if name not in ("work_dir", "say")}
+        # tokenizer, codec and runs of another text or budget lie elsewhere
+        self.work_dir = Path(self.work_dir) / _hash(shared)
         self.work_dir.mkdir(parents=True, exist_ok=True)
         self._blocks: tuple[Any, Any] | None = None
         self._tokenizer: Any = None
@@ -123,7 +125,7 @@ class SideBySide:
     @property
     def tokenizer(self) -> Any:
         if self._tokenizer is None:
-            path = self.work_dir / f"tokenizer-{self.vocab_size}"
+            path = self.work_dir / "tokenizer"
             if not (path / "tokenizer.json").exists():
                 train_texts, _ = load_texts(DataArguments(data=self.data, eval_data=self.eval_data))
                 train_tokenizer(train_texts, self.vocab_size).save_pretrained(path)
@@ -145,15 +147,12 @@ class SideBySide:
 
     def name(self, run: Run) -> str:
         """Short name of a run, unique to everything that shapes it."""
-        shared = asdict(self) | {"work_dir": "", "say": ""}
-        return (
-            f"{run.kind}-{hashlib.sha256(json.dumps([shared, asdict(run)], sort_keys=True).encode()).hexdigest()[:12]}"
-        )
+        return f"{run.kind}-{_hash(asdict(run))}"
 
     def codec(self, patch_size: int) -> str:
         """Directory of a codec of `latent_size` 32 K, trained once, on this text."""
         path = self.work_dir / f"codec-{patch_size}"
-        if not (path / "config.json").exists():
+        if not path.exists():
             self.say(f"codec of patch size {patch_size}")
             set_seed(0)
             codec = LatentForgeAutoencoder(self._codec_config(patch_size, hidden_size=256, intermediate_size=768))
@@ -171,7 +170,8 @@ class SideBySide:
             AETrainer(
                 codec, arguments, train_dataset=self.blocks()[0], data_collator=PatchCollator(patch_size)
             ).train()
-            codec.save_pretrained(path)
+            codec.save_pretrained(path.with_suffix(".part"))
+            path.with_suffix(".part").rename(path)
         return str(path)
 
     def _codec_config(self, patch_size: int, **sizes: int) -> LatentForgeAutoencoderConfig:
@@ -190,14 +190,18 @@ class SideBySide:
         folder = self.work_dir / self.name(run)
         path = folder / "result.json"
         if path.exists():
-            return json.loads(path.read_text())
+            result = json.loads(path.read_text())
+            return result | {"code_changed": result["code"] != training_code()}
         self.say(
             f"{self.name(run)}: {run.kind} K={run.patch_size} lr={run.learning_rate:g} seed={run.seed} {run.student}"
         )
-        model = self._train(run, folder)
-        result = self.judge(model)
-        result |= {"run": asdict(run), "seconds": json.loads((folder / "seconds.json").read_text())}
+        if not (folder / "model").exists():
+            self._train(run, folder)
+        result = self.judge(self._load(run))
+        result |= {"run": asdict(run), "code": training_code()}
+        result["seconds"] = json.loads((folder / "seconds.json").read_text())
         path.write_text(json.dumps(result, indent=1))
+        result["code_changed"] = False
         self.say(f"{self.name(run)}: {result['nll']:.4f} nats/token, {result['seconds']:.0f} s")
         return result
 
@@ -205,13 +209,16 @@ class SideBySide:
         """The run with the lowest held-out NLL."""
         return min(runs, key=lambda run: self.result(run)["nll"])
 
-    def load(self, run: Run) -> nn.Module:
+    def load(self, run: Run) -> Any:
         """The trained model of a run."""
         self.result(run)
+        return self._load(run)
+
+    def _load(self, run: Run) -> Any:
         auto = {"token_lm": AutoModelForCausalLM, "student": LatentForgeForCausalLM, "decoder_alone": DecoderAlone}
         return auto[run.kind].from_pretrained(self.work_dir / self.name(run) / "model").eval()
 
-    def build(self, run: Run) -> nn.Module:
+    def build(self, run: Run) -> Any:
         """The untrained model of a run."""
         set_seed(run.seed)
         token_lm = build_token_lm("llama", self.tokenizer, self.hidden_size, self.num_hidden_layers)
@@ -227,11 +234,12 @@ class SideBySide:
         set_seed(run.seed)
         return kind.from_autoencoder(autoencoder, token_lm.config, **run.student)
 
-    def _train(self, run: Run, folder: Path) -> nn.Module:
+    def _train(self, run: Run, folder: Path) -> None:
         train_blocks, _ = self.blocks()
         steps = self.num_tokens // self.tokens_per_step
-        arguments = {
-            "output_dir": str(folder / "trainer"),
+        output_dir = str(folder / "trainer")
+        arguments: dict[str, Any] = {
+            "output_dir": output_dir,
             "per_device_train_batch_size": self.tokens_per_step // self.block_size,
             "max_steps": steps,
             "learning_rate": run.learning_rate,
@@ -264,16 +272,16 @@ class SideBySide:
                 teacher=teacher,
                 **common,
             )
-        last = get_last_checkpoint(arguments["output_dir"]) if Path(arguments["output_dir"]).is_dir() else None
+        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
         trainer.train(resume_from_checkpoint=last)
-        model.save_pretrained(folder / "model")
-        shutil.rmtree(arguments["output_dir"])
-        return model
+        model.save_pretrained(folder / "model.part")
+        (folder / "model.part").rename(folder / "model")
+        shutil.rmtree(output_dir)
 
     # -- judging
 
     def judge(self, model: nn.Module) -> dict[str, Any]:
-        """Held-out NLL in nats per token, whole and by the tokens of context before the predicted one."""
+        """Held-out NLL in nats per token, whole and by the tokens between the block's start and the predicted."""
         sums, counts = torch.zeros(self.block_size - 1), torch.zeros(self.block_size - 1)
         for batch in self.eval_batches():
             nll, valid = token_nll(model, batch)
@@ -303,12 +311,13 @@ class SideBySide:
 def token_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """NLL `(B, T - 1)` of each predicted token, zero where its label is -100, and the mask of the others."""
     model.eval()
+    batch = {name: values.to(next(model.parameters()).device) for name, values in batch.items()}
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[
         :, :-1
     ]
     targets = batch["labels"][:, 1:]
     nll = nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=-100, reduction="none")
-    return nll, targets != -100
+    return nll.cpu(), (targets != -100).cpu()
 
 
 @contextmanager
@@ -320,11 +329,22 @@ def shuffled_context(model: LatentForgeForCausalLM) -> Iterator[None]:
         conditions, patch_mask = original(*args)
         return conditions.roll(1, dims=0), patch_mask
 
-    model._conditions = shuffled
+    model._conditions = shuffled  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
         del model._conditions
+
+
+def training_code() -> str:
+    """Hash of the code that shapes a trained model."""
+    trainers = Path(__file__).parent.parent
+    folders = (trainers.parent / "modeling_latentforge", trainers, trainers / "losses", trainers / "teachers")
+    return _hash([file.read_text(encoding="utf-8") for folder in folders for file in sorted(folder.glob("*.py"))])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class _Clock(TrainerCallback):
