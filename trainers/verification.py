@@ -180,8 +180,9 @@ def code_hash(topic: str, root: Path = ROOT, also: Sequence[str] = ()) -> str:
     """Hash of every source and recipe file that a measurement of `topic` may depend on, and of `also`."""
     digest = hashlib.sha256()
     for name in ("modeling_latentforge", "trainers", "scripts", *also):
-        for file in sorted((root / name).rglob("*")) if (root / name).is_dir() else [root / name]:
-            if file.suffix not in (".py", ".yaml") and file != root / name:
+        named = root / name
+        for file in [named] if named.is_file() else sorted(named.rglob("*")):
+            if file.suffix not in (".py", ".yaml") and file != named:
                 continue
             if file.stem.startswith(ROWS_PREFIX) and file.stem != ROWS_PREFIX + topic:
                 continue
