@@ -14,9 +14,9 @@ class LatentForgeCache(Cache):
     """The backbone's cache, counted in patches, and around it what belongs to the unfinished patch.
 
     To transformers it is a cache of tokens: [`get_seq_length`] counts columns of `input_ids`. Rows of a left-padded
-        batch start at different columns, so
-    with an autoregressive decoder they complete their patches at different times; a backbone slot that a row did not
-    fill is masked.
+        batch
+    start at different columns, so with an autoregressive decoder they complete their patches at different times; a
+    backbone slot that a row did not fill is masked.
 
     Attributes:
         backbone: cache of the backbone.

@@ -1,8 +1,7 @@
 """What generation needs beyond transformers' own loop.
 
 The loop is stock: `forward` with a [`LatentForgeCache`] takes and predicts tokens like any causal LM and runs the
-    backbone once per patch, so
-processors, stopping criteria and streamers work unchanged.
+backbone once per patch, so processors, stopping criteria and streamers work unchanged.
 """
 
 import torch
@@ -54,7 +53,19 @@ class LatentGenerationMixin(GenerationMixin):
             )
         return kwargs
 
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        inputs.pop("position_ids", None)  # they count tokens; the backbone's positions are patches
-        return inputs
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        attention_mask: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> dict:
+        """The new tokens and what `forward` knows; `position_ids` count tokens, the backbone's positions are patches.
+
+        The stock method inspects `forward`'s signature at every token, a tenth of a small student's time (measured).
+        """
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        return {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}

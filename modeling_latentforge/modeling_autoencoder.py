@@ -2,12 +2,13 @@
 
 B batch, T tokens, K tokens per patch, N = T // K patches, H hidden, D latent, V vocabulary.
 
-    input_ids (B, T) -> embeddings (B, N, K, H) -> token blocks -> squeeze (B, N, H) -> patch blocks -> mean, log_std
-    (B, N, D) latents (B, N, D) -> patch blocks (B, N, H) -> expand (B, N, K, H) -> token blocks -> tied output matrix
-    -> logits (B, N, K, V)
+    encode: input_ids (B, T) -> embeddings (B, N, K, H) -> token blocks -> squeeze (B, N, H) -> patch blocks
+            -> mean, log_std (B, N, D)
+    decode: latents (B, N, D) -> patch blocks (B, N, H) -> expand (B, N, K, H) -> token blocks
+            -> tied output matrix -> logits (B, N, K, V)
 
-No attention: CALM (arXiv 2510.27688, issue #5 of its repository) found that attention in the codec reconstructs better
-    and is learnt worse.
+No attention: with it CALM's codec reconstructed better and was learnt worse (arXiv 2510.27688, issue #5 of its
+repository).
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
 """Heads: what is known before a patch -> the patch's latent.
 
-P patches, H hidden, D latent, S model samples, M target samples. A head has `noise_shape`, `sample(condition, noise)`
-and `loss(...)`; noise is an argument, so that its seed belongs to the caller.
+P patches, H hidden, D latent, S model samples, M target samples. A head has `noise_size` (0: it reads none)
+and `sample(condition, noise)`; noise is an argument, so that its seed belongs to the caller. The energy head has a
+`loss` of its own; the regression head's, the squared error to the codec's mean, is the student's part `mse`.
 """
 
 import torch
@@ -45,7 +46,7 @@ def _power(distance: torch.Tensor, exponent: float) -> torch.Tensor:
 
 
 class LatentForgeRegressionHead(nn.Module):
-    """One latent per condition. Loss: squared error to the codec's posterior mean."""
+    """One latent per condition."""
 
     noise_size = 0
 

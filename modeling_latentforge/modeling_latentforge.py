@@ -444,8 +444,8 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         `energy` the energy score, both of a patch and weighted by its predicted tokens.
 
         Raises:
-            ValueError: `inputs_embeds`, an unknown loss part, `kd` without `distillation`, `energy` without an energy
-                head, a foreign filled cache.
+            ValueError: `inputs_embeds`, a `patch_offset` out of range, an unknown loss part, all weights zero, `kd`
+                without `distillation`, `energy` without an energy head, a foreign filled cache.
         """
         if inputs_embeds is not None:
             raise ValueError(
@@ -670,12 +670,22 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             if cache.pending_mask is None:
                 cache.pending_mask = torch.ones_like(cache.pending_ids, dtype=torch.bool)
         ragged = cache.is_ragged
-        positions = torch.tensor(cache.lengths, device=token.device)  # (B,)
-        places = positions[:, None] % patch_size
-        cache.pending_ids = cache.pending_ids.scatter(1, places, token[:, None])
-        if cache.pending_mask is not None:
-            new = torch.ones_like(places, dtype=torch.bool) if mask is None else mask[:, None]
-            cache.pending_mask = cache.pending_mask.scatter(1, places, new)
+        new = (
+            None
+            if cache.pending_mask is None
+            else (torch.ones_like(token, dtype=torch.bool) if mask is None else mask)
+        )
+        if ragged:
+            positions: torch.Tensor | int = torch.tensor(cache.lengths, device=token.device)  # (B,)
+            places = positions[:, None] % patch_size
+            cache.pending_ids.scatter_(1, places, token[:, None])
+            if new is not None:
+                cache.pending_mask.scatter_(1, places, new[:, None])
+        else:
+            positions = cache.lengths[0]
+            cache.pending_ids[:, positions % patch_size] = token
+            if new is not None:
+                cache.pending_mask[:, positions % patch_size] = new
         cache.lengths = [length + 1 for length in cache.lengths]
         cache.seq_length += 1
         complete = [length % patch_size == 0 for length in cache.lengths]

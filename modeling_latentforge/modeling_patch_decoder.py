@@ -114,13 +114,12 @@ class LatentForgeMemoryAttention(nn.Module):
         )
         return rotate(key, rotary_angles(positions, self.head_size, key.dtype)), value
 
-    def forward(
-        self, x: torch.Tensor, positions: torch.Tensor, memory: KeyValue, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """`x (B, T, E)` of tokens in patches `positions (T,)` or `(B, 1, T)`; `mask` broadcasts to `(B, h, T, C)`,
-        True where a condition is seen."""
-        query = self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        query = rotate(query, rotary_angles(positions, self.head_size, query.dtype))
+    def forward(self, x: torch.Tensor, angles: KeyValue, memory: KeyValue, mask: torch.Tensor | None) -> torch.Tensor:
+        """`x (B, T, E)`, the `angles` of its tokens' patches, and what [`remember`] made.
+
+        `mask` broadcasts to `(B, h, T, C)`, True where a condition is seen.
+        """
+        query = rotate(self.q_proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2), angles)
         out = nn.functional.scaled_dot_product_attention(query, *memory, attn_mask=mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
@@ -167,6 +166,7 @@ class LatentForgePatchDecoder(nn.Module):
             for i in range(config.num_decoder_layers)
         )
         self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self._angle_table: tuple[torch.Tensor, torch.Tensor] | None = None  # of `single_angles`
         low_rank = config.decoder_output_size != width
         self.to_output = nn.Linear(width, config.decoder_output_size, bias=False) if low_rank else nn.Identity()
 
@@ -210,7 +210,8 @@ class LatentForgePatchDecoder(nn.Module):
                 places = torch.arange(num_conditions, device=hidden.device)
                 memory = layer.memory_attention.remember(conditions, places)
                 seen = places <= patch[:, None]  # (T, C)
-                hidden = hidden + layer.memory_attention(layer.norm_query(hidden), patch, memory, seen)
+                angles_patch = rotary_angles(patch, self.head_size, hidden.dtype)
+                hidden = hidden + layer.memory_attention(layer.norm_query(hidden), angles_patch, memory, seen)
             hidden = layer.mlp(hidden)
         return self.to_output(self.norm(hidden)), windows, memory
 
@@ -219,7 +220,7 @@ class LatentForgePatchDecoder(nn.Module):
         token: torch.Tensor,
         mask: torch.Tensor | None,
         latent_embeds: torch.Tensor,
-        positions: torch.Tensor,
+        positions: torch.Tensor | int,
         windows: list[KeyValue],
         window_mask: torch.Tensor | None,
         memory: KeyValue | None,
@@ -230,29 +231,47 @@ class LatentForgePatchDecoder(nn.Module):
         Args:
             token, mask: `(B,)`.
             latent_embeds: `(B, 1, E)`, [`embed_latents`] of the patch that the next token belongs to.
-            positions: `(B,)`, how many tokens each row held before this one.
+            positions: how many tokens each row held before this one, `(B,)`, or one number for all.
             windows, window_mask, memory, memory_mask: see [`LatentForgeCache`].
 
         Returns:
             vectors `(B, 1, decoder_output_size)` and the windows with this token in them.
         """
-        target = positions + 1
-        hidden = (
-            self.embed(token[:, None], None if mask is None else mask[:, None])
-            + self.embed_offset(target % self.patch_size)[:, None]
-        )
-        hidden = hidden + latent_embeds
-        angles = rotary_angles(positions[:, None, None], self.head_size, hidden.dtype)  # (B, 1, 1, d / 2)
+        hidden = self.embed(token[:, None], None if mask is None else mask[:, None]) + latent_embeds
+        if isinstance(positions, int):
+            hidden = hidden + self.embed_offset.weight[(positions + 1) % self.patch_size]
+            angles = self.single_angles(positions, hidden)
+        else:
+            hidden = hidden + self.embed_offset((positions + 1) % self.patch_size)[:, None]
+            angles = rotary_angles(positions[:, None, None], self.head_size, hidden.dtype)  # (B, 1, 1, d / 2)
         new_windows = []
         for layer, past in zip(self.layers, windows, strict=True):
             attended, key_value = layer.window_attention.step(layer.norm_window(hidden), angles, past, window_mask)
             hidden = hidden + attended
             new_windows.append(key_value)
             if layer.memory_attention is not None:
-                patch = (target // self.patch_size)[:, None, None]  # (B, 1, 1)
-                hidden = hidden + layer.memory_attention(layer.norm_query(hidden), patch, memory, memory_mask)
+                query = layer.norm_query(hidden)
+                if isinstance(positions, int):
+                    angles_patch = self.single_angles((positions + 1) // self.patch_size, hidden)
+                else:
+                    patch = ((positions + 1) // self.patch_size)[:, None, None]  # (B, 1, 1)
+                    angles_patch = rotary_angles(patch, self.head_size, hidden.dtype)
+                hidden = hidden + layer.memory_attention(query, angles_patch, memory, memory_mask)
             hidden = layer.mlp(hidden)
         return self.to_output(self.norm(hidden)), new_windows
+
+    def single_angles(self, position: int, like: torch.Tensor) -> KeyValue:
+        """[`rotary_angles`] of one position, `(1, d / 2)`, from a table that grows."""
+        table = self._angle_table
+        if (
+            table is None
+            or position >= len(table[0])
+            or table[0].device != like.device
+            or table[0].dtype != like.dtype
+        ):
+            places = torch.arange(max(1024, 2 * position), device=like.device)
+            table = self._angle_table = rotary_angles(places, self.head_size, like.dtype)
+        return table[0][position : position + 1], table[1][position : position + 1]
 
     def memory_of(self, conditions: torch.Tensor, positions: torch.Tensor) -> KeyValue | None:
         """Keys and values of `conditions (B, C, H)` at patch `positions (B, 1, C)` for the layer that has a memory."""

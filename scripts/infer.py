@@ -30,7 +30,9 @@ class InferArguments:
     top_k: int = field(default=0, metadata={"help": "Sample among so many likeliest tokens; 0 for all."})
     seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
     bf16: bool = field(default=False, metadata={"help": "Run in bfloat16."})
-    use_kv_cache: bool = field(default=True, metadata={"help": "Keep keys and values; without, slower and equal."})
+    use_kv_cache: bool = field(
+        default=True, metadata={"help": "Keep keys and values; without, slower and equal (greedy)."}
+    )
     interactive: bool = field(default=False, metadata={"help": "Read prompts from standard input, one a line."})
     device: str | None = field(default=None, metadata={"help": "Default: cuda where there is one, else cpu."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the model code of a Hub repository."})
