@@ -28,7 +28,7 @@ def rotary_angles(positions: torch.Tensor, head_size: int, dtype: torch.dtype) -
 
 
 def rotate(x: torch.Tensor, angles: KeyValue) -> torch.Tensor:
-    """Rotate `x (B, h, T, d)` by angles `(T, d / 2)` or `(B, 1, T, d / 2)`."""
+    """Rotate `x (..., B, h, T, d)` by angles `(T, d / 2)` or `(B, 1, T, d / 2)`."""
     cos, sin = angles
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -75,8 +75,9 @@ class LatentForgeWindowAttention(nn.Module):
 
     def project(self, x: torch.Tensor, angles: KeyValue) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`(B, T, E)` -> rotated query and key, and value, `(B, h, T, d)`."""
-        query, key, value = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return rotate(query, angles), rotate(key, angles), value
+        qkv = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, h, T, d)
+        query, key = rotate(qkv[:2], angles)
+        return query, key, qkv[2]
 
     def forward(self, x: torch.Tensor, angles: KeyValue) -> tuple[torch.Tensor, KeyValue]:
         query, key, value = self.project(x, angles)
