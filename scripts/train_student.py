@@ -69,7 +69,7 @@ class StudentArguments:
         default=None, metadata={"help": "Width of the output matrix; smaller is low-rank."}
     )
     tie_word_embeddings: bool | None = field(
-        default=None, metadata={"help": "Default: unless decoder_output_size forbids it."}
+        default=None, metadata={"help": "Decoder: one matrix reads and writes tokens. Default: no, or as the teacher."}
     )
 
     def __post_init__(self):
@@ -95,7 +95,8 @@ class StudentArguments:
         )
         kwargs = {name: getattr(self, name) for name in names.split()}
         tie = self.tie_word_embeddings
-        kwargs["tie_word_embeddings"] = self.decoder_output_size is None if tie is None else tie
+        if tie is not None:  # the default is the config's, or a teacher's own
+            kwargs["tie_word_embeddings"] = tie
         kwargs["head_config"] = {"head_type": self.head_type, "num_layers": self.num_head_layers}
         return kwargs
 

@@ -179,7 +179,7 @@ def test_low_rank_output():
         ({"decoder_window": 3}, r"`decoder_window` \(3\).*`patch_size` is 4"),
         ({"decoder_num_heads": 5}, r"`decoder_hidden_size` \(32\).*`decoder_num_heads` \(5\)"),
         ({"train_decoder": True}, "`train_decoder` is for"),
-        ({"decoder_output_size": 8}, r"`decoder_output_size` \(8\)"),
+        ({"decoder_output_size": 8, "tie_word_embeddings": True}, r"`decoder_output_size` \(8\)"),
         ({"decoder_type": "serial"}, "serial"),
         ({"num_decoder_layers": 0}, "num_decoder_layers.*0"),
     ],

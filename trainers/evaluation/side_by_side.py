@@ -98,7 +98,7 @@ class SideBySide:
         say: takes a line of progress.
     """
 
-    work_dir: Path | str
+    work_dir: Path
     data: str
     eval_data: str | None
     vocab_size: int
