@@ -244,7 +244,7 @@ def _tiny(head: str, decoder: str, dtype: torch.dtype = torch.float32) -> Latent
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        initializer_range=0.1,
+        initializer_range=0.2,
     )
     codec = LatentForgeAutoencoder(
         LatentForgeAutoencoderConfig(
@@ -253,7 +253,7 @@ def _tiny(head: str, decoder: str, dtype: torch.dtype = torch.float32) -> Latent
             latent_size=32,
             hidden_size=64,
             intermediate_size=96,
-            initializer_range=0.1,
+            initializer_range=0.2,
             eos_token_id=256,
             pad_token_id=257,
         )
@@ -264,7 +264,7 @@ def _tiny(head: str, decoder: str, dtype: torch.dtype = torch.float32) -> Latent
         head_config={"head_type": head},
         decoder_type=decoder,
         decoder_num_heads=2,
-        initializer_range=0.1,
+        initializer_range=0.2,
     ).to(dtype)
 
 
@@ -524,7 +524,7 @@ ROWS = [
         "cached = uncached; left-padded row = row alone; save = load; log-probabilities of forward = of generate",
         "same greedy ids; 1e-5 in fp32, 1e-10 in fp64",
         equalities,
-        setup="2 x 64 with weights of std 0.1 (logits of order 1), K=4, text; "
+        setup="2 x 64 with weights of std 0.2, K=4, text; "
         "every pair, log-probabilities of regression heads (an energy head's belong "
         "to one noise sample), judged at 1e-5 throughout: generate keeps fp32 scores",
     ),
