@@ -110,8 +110,9 @@ class LatentForgeMemoryAttention(nn.Module):
 
     def remember(self, conditions: torch.Tensor, positions: torch.Tensor) -> KeyValue:
         """Conditions `(B, C, H)` at patch `positions (C,)` or `(B, 1, C)` -> keys and values `(B, h, C, d)`."""
+        conditions = self.norm_memory(conditions.to(self.norm_memory.weight.dtype))
         key, value = (
-            self.kv_proj(self.norm_memory(conditions)).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            self.kv_proj(conditions).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         )
         return rotate(key, rotary_angles(positions, self.head_size, key.dtype)), value
 
@@ -179,7 +180,9 @@ class LatentForgePatchDecoder(nn.Module):
 
     def embed_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """`(B, C, D)` -> `(B, C, E)`, what every token of the patch adds to its embedding."""
-        return self.norm_latent(self.from_latent(latents))
+        latents = self.from_latent(latents)
+        # under autocast a bf16 product; the fused norm wants its weight's dtype
+        return self.norm_latent(latents.to(self.norm_latent.weight.dtype))
 
     def forward(
         self, input_ids: torch.Tensor, mask: torch.Tensor | None, latents: torch.Tensor, conditions: torch.Tensor

@@ -26,6 +26,7 @@ class ExperimentArguments:
     learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "A run per variant and seed."})
     work_dir: str = field(default="runs/experiments", metadata={"help": "Where runs are kept."})
+    records: bool = field(default=False, metadata={"help": "Keep figures in, and take them from, docs/runs (in git)."})
 
 
 def main(argv: Sequence[str] | None = None) -> str:
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> str:
 
     from trainers.arguments import parse_arguments
     from trainers.evaluation.experiments import EXPERIMENTS, answer
-    from trainers.evaluation.side_by_side import SideBySide
+    from trainers.evaluation.side_by_side import RECORDS, SideBySide
 
     (arguments,) = parse_arguments(ExperimentArguments, argv=argv, description=__doc__)
     if arguments.name not in EXPERIMENTS:
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> str:
         block_size=arguments.block_size,
         hidden_size=arguments.hidden_size,
         num_hidden_layers=arguments.num_hidden_layers,
+        records_dir=RECORDS if arguments.records else None,
     )
     text = answer(arguments.name, table, arguments.patch_size, arguments.learning_rate, arguments.seeds)
     print(text)

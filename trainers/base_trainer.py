@@ -37,6 +37,9 @@ class LatentTrainingConfig(TrainingArguments):
         # a mask embedding gets no gradient in a batch without masked tokens
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True
+        # transformers refuses bf16 on a machine without an accelerator unless told that the CPU is meant
+        if args.bf16 and not torch.accelerator.is_available():
+            args.use_cpu = True
         super().__post_init__()
 
     def describe_process(self) -> str:

@@ -81,7 +81,7 @@ def test_unknown_flags_stop_the_run(room, capsys):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_chunked_loss_is_the_models_own(architecture, tied, tokenizer, blocks, tmp_path, monkeypatch):
     """A faster loss that is a little different makes every comparison with other code wrong."""
-    monkeypatch.setattr("modeling_latentforge.modeling_token_loss.CHUNK_ELEMENTS", 50 * len(tokenizer))
+    monkeypatch.setattr("modeling_latentforge.modeling_token_loss.chunk_tokens", lambda *_: 50)
     model = tiny(architecture, tokenizer, tie_word_embeddings=tied)
     trainer = trainer_for(model, blocks, tmp_path)
     batch = PatchCollator(K)([blocks[0][row] for row in range(3)])

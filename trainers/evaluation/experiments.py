@@ -142,7 +142,16 @@ def answer(
         columns = list(figures)
         rows.append([variant, *(_cell(column, values) for column, values in figures.items())])
     lines = [["", *columns], ["---"] * (len(columns) + 1), *rows]
-    return f"{experiment.question}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{experiment.question}\n\n{_setting(table, patch_size, learning_rate, seeds)}\n\n" + "\n".join(
+        "| " + " | ".join(line) + " |" for line in lines
+    )
+
+
+def _setting(table: SideBySide, patch_size: int, learning_rate: float, seeds: Sequence[int]) -> str:
+    """What every variant shares, as one line under the question."""
+    names = {"num_tokens": "training tokens", "tokens_per_step": "tokens a step", "eval_tokens": "held-out tokens"}
+    shared = [f"{names.get(name, name)} {value}" for name, value in table.shared.items() if value is not None]
+    return f"K={patch_size}, rate {learning_rate:g}, seeds {', '.join(map(str, seeds))}; " + ", ".join(shared) + "."
 
 
 def _cell(column: str, values: Sequence[float]) -> str:

@@ -24,7 +24,7 @@ from ..data import DataArguments, load_blocks
 from ..teachers.hf_teacher import HFTeacher
 from ..verification import ROOT, Context, Measured, Row
 from .reconstruction import reconstruction_accuracy
-from .side_by_side import Run, SideBySide, shuffled_context, token_nll
+from .side_by_side import RECORDS, Run, SideBySide
 from .speed import generation_speed
 
 
@@ -352,7 +352,7 @@ def equalities(context: Context) -> Measured:
 def student_against_token_lm(patch_size: int, limit: float) -> Callable[[Context], Measured]:
     def measure(context: Context) -> Measured:
         table = SideBySide(
-            context.shared_dir / "books_5m", **books(), vocab_size=4096, num_tokens=5 * 10**6, say=context.say
+            context.shared_dir / "books_5m", **books(), vocab_size=4096, num_tokens=5 * 10**6, say=context.say, records_dir=RECORDS
         )
 
         def two_seeds(run: Callable[[float, int], Run]) -> dict[str, Any]:
@@ -361,7 +361,7 @@ def student_against_token_lm(patch_size: int, limit: float) -> Callable[[Context
             return {"learning_rate": rate, "nll": nll, "mean": sum(nll) / 2}
 
         token_lm = two_seeds(lambda rate, seed: Run("token_lm", rate, seed))
-        teacher = table.name(Run("token_lm", token_lm["learning_rate"]))
+        teacher = Run("token_lm", token_lm["learning_rate"])
         taught = two_seeds(
             lambda rate, seed: Run(
                 "student", rate, seed, patch_size, STUDENT, {"ce_weight": 0.5, "kd_weight": 0.5}, teacher
@@ -386,6 +386,7 @@ def context_share(patch_size: int, target: float) -> Callable[[Context], Measure
             num_tokens=8 * 10**6,
             block_size=1024,
             say=context.say,
+            records_dir=RECORDS,
         )
         # the best of two rates for each: a badly tuned decoder would make the context's worth and the share too large
         runs = {
@@ -397,13 +398,7 @@ def context_share(patch_size: int, target: float) -> Callable[[Context], Measure
         nll = {name: result["nll"] for name, result in results.items()}
         worth = nll["decoder_alone"] - nll["token_lm"]
         gained = nll["decoder_alone"] - nll["student"]
-        student = table.load(runs["student"])
-        sums = counts = 0.0
-        with shuffled_context(student):
-            for batch in table.eval_batches():
-                values, valid = token_nll(student, batch)
-                sums, counts = sums + float(values.sum()), counts + int(valid.sum())
-        hurt = sums / counts - nll["student"]
+        hurt = results["student"]["nll_shuffled"] - nll["student"]
         share = gained / worth if worth > 0 else math.nan
         figure = f"{share:.0%} of {worth:.3f} nats; shuffled latents cost {hurt:.3f}, the right ones gave {gained:.3f}"
         details = {name: result["nll_by_context"] for name, result in results.items()} | {

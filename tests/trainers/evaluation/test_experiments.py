@@ -39,16 +39,16 @@ def test_a_table_has_a_row_per_variant_and_the_range_over_seeds(table):
     """One seed's figure that reads like the mean of several is not evidence."""
     lines = experiments.answer("decoder_memory", table, seeds=(0, 1)).splitlines()
     assert lines[0] == experiments.EXPERIMENTS["decoder_memory"].question
-    assert lines[2].startswith("|  | NLL | at context 1-15 | at context 16-63 | training, s |")
-    assert [line.split(" | ")[0] for line in lines[4:]] == ["| none", "| patches"]
-    assert " to " in lines[4]
+    assert lines[4].startswith("|  | NLL | at context 1-15 | at context 16-63 | training, s |")
+    assert [line.split(" | ")[0] for line in lines[6:]] == ["| none", "| patches"]
+    assert " to " in lines[6] and "seeds 0, 1" in lines[2] and "training tokens 1024" in lines[2]
 
 
 def test_brier_of_parallel_heads_on_a_trained_codec(table):
     """Draws of patches that hold padding, or of other patches than the targets, would look like a bad head."""
     lines = experiments.answer("parallel_head", table).splitlines()
-    assert lines[2].startswith("|  | Brier-1 | Brier-2 | Brier-3 | Brier-4 |")
-    assert len(lines) == 4 + 3
+    assert lines[4].startswith("|  | Brier-1 | Brier-2 | Brier-3 | Brier-4 |")
+    assert len(lines) == 6 + 3
     figures = [float(cell) for cell in lines[-1].split(" | ")[1:5]]
     assert all(-100 <= figure <= 100 for figure in figures)
 

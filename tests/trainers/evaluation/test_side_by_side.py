@@ -19,7 +19,7 @@ def test_all_kinds_train_on_the_same_blocks_and_are_kept(tmp_path):
     student = {"decoder_hidden_size": 64, "decoder_num_heads": 1}
     teacher = Run("token_lm", 5e-3)
     runs = [teacher, Run("decoder_alone", 5e-3, 0, 4, student), Run("student", 5e-3, 0, 4, student)]
-    runs.append(Run("student", 5e-3, 0, 8, student, {"ce_weight": 0.5, "kd_weight": 0.5}, table.name(teacher)))
+    runs.append(Run("student", 5e-3, 0, 8, student, {"ce_weight": 0.5, "kd_weight": 0.5}, teacher))
     results = [table.result(run) for run in runs]
     assert len({result["eval_tokens"] for result in results}) == 1
     assert all(result["nll"] < 5.7 for result in results)  # below uniform, log 300 = 5.70
