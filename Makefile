@@ -25,8 +25,8 @@ MAX_TOKENS ?= 128
 MAX_NEW_TOKENS ?= $(MAX_TOKENS)
 TEMP ?= 0.8
 CHECKPOINTS ?= checkpoints
-# flags that are not variables here: $(RECIPE)_autoencoder.yaml, $(RECIPE)_student.yaml
-RECIPE ?= scripts/configs/seed
+# flags that are not variables here: its sections `autoencoder` and `student`
+RECIPE ?= scripts/configs/seed.yaml
 TOPIC ?= main
 ROW ?=
 
@@ -79,13 +79,13 @@ toy: setup ## write a toy data set, data/toy.jsonl
 
 .PHONY: train-ae
 train-ae: setup $(if $(TEACHER),,$(CHECKPOINTS)/tokenizer/tokenizer.json) ## train the codec (DATA K D EPOCHS BATCH_SIZE STEPS)
-	$(BIN)/python scripts/train_autoencoder.py --config $(RECIPE)_autoencoder.yaml \
+	$(BIN)/python scripts/train_autoencoder.py --config $(RECIPE):autoencoder \
 		--data "$$DATA_TEXT" --tokenizer "$(TOKENIZER)" --output_dir $(CHECKPOINTS)/ae \
 		--patch_size "$(K)" --latent_size "$(D)" $(LENGTH)
 
 .PHONY: train-student
 train-student: setup $(CHECKPOINTS)/ae/config.json $(if $(TEACHER),,$(CHECKPOINTS)/teacher/config.json) ## train the student (DATA TEACHER KD_W MSE_W CE_W EPOCHS BATCH_SIZE STEPS)
-	$(BIN)/python scripts/train_student.py --config $(RECIPE)_student.yaml \
+	$(BIN)/python scripts/train_student.py --config $(RECIPE):student \
 		--data "$$DATA_TEXT" --autoencoder $(CHECKPOINTS)/ae --teacher "$(TEACHER_MODEL)" --output_dir $(CHECKPOINTS)/student \
 		--kd_weight "$(KD_W)" --mse_weight "$(MSE_W)" --ce_weight "$(CE_W)" $(LENGTH)
 

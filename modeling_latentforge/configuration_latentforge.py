@@ -89,6 +89,9 @@ class LatentForgeConfig(PreTrainedConfig):
             head per 64.
         decoder_window: W, tokens that a decoder layer sees, the current one included; default `2 * patch_size`.
         decoder_memory: `none`, or `patches`: one decoder layer also attends to all conditions up to its own patch's.
+        embedding_multiplier: what a token's embedding is multiplied by before it enters its patch: small weights under
+            AdamW learn faster (measured, docs/experiments.md). Default 16, or 1 for a backbone that multiplies its
+            inputs itself (Granite). `from_teacher` takes 1: the teacher's embeddings have their size.
         decoder_output_size: width of the output matrix; default, the decoder's width. Smaller makes the output
             low-rank.
         tie_word_embeddings: the autoregressive decoder's output matrix is its embedding matrix (needs the two widths
@@ -120,6 +123,7 @@ class LatentForgeConfig(PreTrainedConfig):
     decoder_window: int | None = None
     decoder_memory: Literal["none", "patches"] = "patches"
     decoder_output_size: int | None = None
+    embedding_multiplier: float | None = None
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     # tied, the residual path predicts the current token again, which costs 0.5 nats after 90 steps (experiments.md)
@@ -145,6 +149,9 @@ class LatentForgeConfig(PreTrainedConfig):
             self.decoder_window = 2 * self.patch_size
         if self.decoder_output_size is None:
             self.decoder_output_size = self.decoder_hidden_size
+        if self.embedding_multiplier is None:
+            scaled = getattr(self.backbone_config, "embedding_multiplier", 1.0) != 1.0
+            self.embedding_multiplier = 1.0 if scaled else 16.0
         if self.head_config.intermediate_size is None:
             self.head_config.intermediate_size = 2 * self.backbone_config.hidden_size
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):

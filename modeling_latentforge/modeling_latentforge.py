@@ -34,6 +34,9 @@ from .modeling_token_loss import TokenLoss, token_loss
 
 LOSS_PARTS = ("ce", "kd", "mse", "energy")
 
+# Keywords that callers of any causal LM may pass, and that change nothing here: positions follow from the mask.
+HARMLESS_KEYWORDS = {"return_dict", "position_ids", "cache_position", "token_type_ids"}
+
 
 @dataclass
 class LatentForgeOutput(ModelOutput):
@@ -66,7 +69,7 @@ class LatentForgePatchEmbedding(nn.Module):
     def __init__(self, config: LatentForgeConfig):
         super().__init__()
         hidden_size = config.backbone_config.hidden_size
-        self.patch_size = config.patch_size
+        self.patch_size, self.multiplier = config.patch_size, config.embedding_multiplier
         self.embed_tokens = nn.Embedding(config.vocab_size, hidden_size)
         self.mask_embedding = nn.Parameter(torch.zeros(hidden_size))
         self.projection = nn.Linear(config.patch_size * hidden_size, hidden_size, bias=False)
@@ -79,7 +82,7 @@ class LatentForgePatchEmbedding(nn.Module):
         embeds = self.embed_tokens(input_ids)
         if mask is not None:
             embeds = torch.where(mask[..., None], embeds, self.mask_embedding.to(embeds.dtype))
-        embeds = embeds.flatten(-2)  # (B, N, K * H)
+        embeds = embeds.flatten(-2) * self.multiplier  # (B, N, K * H)
         gate, up = self.gate_up_proj(self.norm(embeds)).chunk(2, dim=-1)
         return self.projection(embeds) + self.down_proj(nn.functional.silu(gate) * up)
 
@@ -87,7 +90,7 @@ class LatentForgePatchEmbedding(nn.Module):
     def become_mean_of(self, token_embeddings: torch.Tensor) -> None:
         """Start from a language model's `token_embeddings (>= V, H)`: a patch is the mean of its tokens' (PatchTrain,
         arXiv 2407.12665)."""
-        self.embed_tokens.weight.copy_(token_embeddings[: self.embed_tokens.num_embeddings])
+        self.embed_tokens.weight.copy_(token_embeddings[: self.embed_tokens.num_embeddings] / self.multiplier)
         self.mask_embedding.copy_(self.embed_tokens.weight.mean(0))
         eye = torch.eye(self.projection.out_features, dtype=self.projection.weight.dtype) / self.patch_size
         self.projection.weight.copy_(eye.repeat(1, self.patch_size))
@@ -126,6 +129,11 @@ class LatentForgeModel(LatentForgePreTrainedModel):
         self.start = nn.Parameter(torch.zeros(hidden_size))  # stands for the state before the first patch
         # a dtype stored inside backbone_config would win over the model's: build in the ambient one
         self.backbone = AutoModel.from_config(config.backbone_config, dtype=torch.get_default_dtype())
+        if any(getattr(module, "is_causal", True) is False for module in self.backbone.modules()):
+            raise ValueError(
+                f"A {config.backbone_config.model_type} backbone that reads in both directions would see the patches "
+                "that it is to predict: take a decoder's configuration (`is_decoder=True` where there is one)."
+            )
         # never used, and a parameter without gradient breaks DDP
         self.backbone.set_input_embeddings(None)
         self.post_init()
@@ -233,6 +241,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         backbone_config.num_hidden_layers = len(layers)
         if getattr(backbone_config, "layer_types", None) is not None:
             backbone_config.layer_types = [base.config.layer_types[layer] for layer in layers]
+        config_kwargs.setdefault("embedding_multiplier", 1.0)
         config_kwargs.setdefault("tie_word_embeddings", bool(getattr(teacher.config, "tie_word_embeddings", False)))
         model = cls.from_autoencoder(autoencoder, backbone_config, **config_kwargs)
 
@@ -444,6 +453,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         `energy` the energy score, both of a patch and weighted by its predicted tokens.
 
         Raises:
+            TypeError: a keyword that means nothing here, unless it is None or False.
             ValueError: `inputs_embeds`, a `patch_offset` out of range, an unknown loss part, all weights zero, `kd`
                 without `distillation`, `energy` without an energy head, a foreign filled cache.
         """
@@ -451,6 +461,9 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             raise ValueError(
                 "LatentForge reads patches of token ids: `inputs_embeds` is not possible, pass `input_ids`."
             )
+        unknown = {name for name, value in kwargs.items() if value is not None and value is not False}
+        if unknown - HARMLESS_KEYWORDS:
+            raise TypeError(f"LatentForgeForCausalLM.forward() knows no {', '.join(sorted(unknown - HARMLESS_KEYWORDS))}.")
         sample_noise = self.training if sample_noise is None else sample_noise
         # Trainer switches off only the top config's use_cache: no cache is built while learning
         use_cache = (

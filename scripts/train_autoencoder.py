@@ -3,7 +3,7 @@
     python scripts/train_autoencoder.py --data builtin:python --tokenizer checkpoints/tokenizer \\
         --output_dir checkpoints/ae --patch_size 8 --latent_size 256 --hidden_size 256 --intermediate_size 768 \\
         --max_steps 2000 --learning_rate 3e-3
-    python scripts/train_autoencoder.py --config scripts/configs/seed_autoencoder.yaml --data corpus.jsonl \\
+    python scripts/train_autoencoder.py --config scripts/configs/seed.yaml:autoencoder --data corpus.jsonl \\
         --tokenizer meta-llama/Llama-3.2-1B --output_dir checkpoints/ae --bf16
     accelerate launch scripts/train_autoencoder.py ...          (or torchrun --nproc_per_node N; same flags)
 

@@ -3,7 +3,7 @@
     python scripts/train_student.py --data builtin:python --autoencoder checkpoints/ae --teacher runs/demo/teacher \\
         --output_dir checkpoints/student --hidden_size 256 --num_hidden_layers 4 --num_attention_heads 4 \\
         --intermediate_size 768 --max_steps 2000 --learning_rate 1e-3
-    python scripts/train_student.py --config scripts/configs/seed_student.yaml --data corpus.jsonl \\
+    python scripts/train_student.py --config scripts/configs/seed.yaml:student --data corpus.jsonl \\
         --autoencoder checkpoints/ae --teacher meta-llama/Llama-3.2-1B --output_dir checkpoints/student --bf16
     python scripts/train_student.py --data corpus.jsonl --autoencoder checkpoints/ae --teacher Qwen/Qwen3-0.6B-Base \\
         --init_from_teacher --layers 0,2,4,6,8,10,12,14 --lora_r 16 --output_dir checkpoints/student

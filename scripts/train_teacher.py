@@ -21,13 +21,18 @@ class TeacherArguments:
     """Shape of the model; see `trainers.token_lm.build_token_lm`."""
 
     tokenizer: str = field(metadata={"help": "Tokenizer: a Hub id or a directory."})
-    architecture: Literal["llama", "gpt_neox", "qwen3"] = field(default="llama", metadata={"help": "Kind of decoder."})
+    architecture: Literal["granite", "llama", "gpt_neox", "qwen3"] = field(
+        default="granite",
+        metadata={"help": "Kind of decoder; granite is Llama with a factor on its embeddings, and learns faster."},
+    )
     hidden_size: int = field(default=256, metadata={"help": "Width."})
     num_hidden_layers: int = 4
     num_attention_heads: int | None = field(default=None, metadata={"help": "Default: one per 64 of the width."})
     num_key_value_heads: int | None = field(default=None, metadata={"help": "Default: as many as attention heads."})
     intermediate_size: int | None = field(default=None, metadata={"help": "Default: 8/3 of the width (gpt_neox: 4)."})
-    tie_word_embeddings: bool = field(default=True, metadata={"help": "One matrix reads and writes tokens."})
+    tie_word_embeddings: bool | None = field(
+        default=None, metadata={"help": "One matrix reads and writes tokens; default, all but granite."}
+    )
     patch_size: int = field(default=1, metadata={"help": "Patch size of the students it is compared with."})
 
 

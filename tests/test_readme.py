@@ -183,9 +183,9 @@ def test_the_make_targets_chain(tmp_path: Path):
     text = {"block_size": 64, "cache_dir": str(tmp_path / "cache"), "per_device_train_batch_size": 4}
     codec = {"hidden_size": 32, "intermediate_size": 64}
     student = {**codec, "num_hidden_layers": 1, "num_attention_heads": 2}
-    for name, recipe in (("autoencoder", codec), ("student", student)):
-        (tmp_path / f"tiny_{name}.yaml").write_text(yaml.safe_dump(text | recipe))
-    common = [f"CHECKPOINTS={tmp_path / 'checkpoints'}", f"RECIPE={tmp_path / 'tiny'}", "STEPS=2", "BATCH_SIZE=2"]
+    recipes = {name: text | recipe for name, recipe in (("autoencoder", codec), ("student", student))}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipes))
+    common = [f"CHECKPOINTS={tmp_path / 'checkpoints'}", f"RECIPE={tmp_path / 'tiny.yaml'}", "STEPS=2", "BATCH_SIZE=2"]
     done = make(
         "infer", *common, f"DATA={tmp_path / 'toy.jsonl'}", "K=4", "D=16", "PROMPT=Dear ", "MAX_NEW_TOKENS=8", "TEMP=0"
     )

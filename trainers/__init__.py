@@ -1,5 +1,15 @@
 """What makes and judges the weights: trainers, data, losses, teachers, evaluation."""
 
+try:
+    import accelerate as _accelerate
+    import datasets as _datasets
+    import yaml as _yaml
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"Training needs the package {error.name!r}, which the extra `train` brings: pip install 'latentforge[train]'.",
+        name=error.name,
+    ) from error
+
 from .ae_config import AEConfig
 from .ae_trainer import AETrainer
 from .arguments import parse_arguments
@@ -11,6 +21,8 @@ from .kd_trainer import KDTrainer
 from .token_lm import TokenLMConfig, TokenLMTrainer, build_token_lm
 from .tokenizer import train_tokenizer
 
+
+del _accelerate, _datasets, _yaml
 
 __all__ = [
     "AEConfig",

@@ -18,7 +18,8 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """Fill one instance of each dataclass from the command line and from YAML files.
 
-    `--config file.yaml` (may be given several times, later files win) is turned into flags that are read *before*
+    `--config file.yaml`, or `--config file.yaml:section` for one section of it (may be given several times, later files
+    win), is turned into flags that are read *before*
     those of the command line, so a flag always wins over the files. The detour through flags is what gives YAML values
     their types: YAML 1.1 reads `learning_rate: 1e-4` as a string. Lists become several values, mappings JSON, `null`
     leaves the default. Flags are never abbreviated: what is unique today is ambiguous tomorrow.
@@ -37,7 +38,7 @@ def parse_arguments(
     """
     parser = _Parser(dataclass_types, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
     parser.add_argument(
-        "--config", action="append", metavar="FILE.yaml", help="YAML file of these options; flags win over it."
+        "--config", action="append", metavar="FILE.yaml[:SECTION]", help="YAML file of these options; flags win over it."
     )
     argv = list(sys.argv[1:] if argv is None else argv)
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=parser.prog)
@@ -122,7 +123,10 @@ def _config_to_argv(parser: _Parser, files: Iterable[str]) -> list[str]:
     return arguments
 
 
-def _read_config(parser: _Parser, path: str) -> dict[Any, Any]:
+def _read_config(parser: _Parser, source: str) -> dict[Any, Any]:
+    path, section = source, None
+    if not Path(source).expanduser().exists() and ":" in source:
+        path, section = source.rsplit(":", 1)
     try:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
@@ -131,7 +135,13 @@ def _read_config(parser: _Parser, path: str) -> dict[Any, Any]:
         parser.error(f"{path} is not valid YAML: {error}")
     if content is not None and not isinstance(content, dict):
         parser.error(f"{path} must hold `name: value` lines, found a {type(content).__name__}")
-    return content or {}
+    content = content or {}
+    if section is not None:
+        sections = [name for name, value in content.items() if isinstance(value, dict)]
+        if section not in sections:
+            parser.error(f"{path} has no section {section!r}: it has {', '.join(map(str, sections)) or 'none'}")
+        content = content[section]
+    return content
 
 
 def _to_text(value: Any) -> str:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
 from modeling_latentforge import LatentForgeConfig, LatentForgeForCausalLM
 from tests.conftest import BACKBONES, EOS, HEAD_DECODER, PAD, VOCAB, text_batch, tiny_autoencoder, tiny_student
@@ -222,11 +222,14 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("multiplier", [1.0, 16.0])
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_from_teacher_copies_layers_and_reads_a_patch_as_the_mean_of_its_embeddings(backbone):
+def test_from_teacher_copies_layers_and_reads_a_patch_as_the_mean_of_its_embeddings(backbone, multiplier):
     """A student that starts from noise while the log says `from_teacher` wastes the teacher's training."""
     teacher = AutoModelForCausalLM.from_config(BACKBONES[backbone]())
-    student = LatentForgeForCausalLM.from_teacher(teacher, tiny_autoencoder(), layers=[1])
+    student = LatentForgeForCausalLM.from_teacher(
+        teacher, tiny_autoencoder(), layers=[1], embedding_multiplier=multiplier
+    )
     name = "mlp.dense_h_to_4h" if backbone == "gpt_neox" else "mlp.up_proj"
     kept = student.model.backbone.layers[0].get_submodule(name).weight
     assert torch.equal(kept, teacher.base_model.layers[1].get_submodule(name).weight)
@@ -248,6 +251,26 @@ def test_from_teacher_refuses_a_foreign_vocabulary_and_missing_layers():
     teacher = AutoModelForCausalLM.from_config(BACKBONES["llama"]())
     with pytest.raises(ValueError, match=r"layers 0 to 1, each once, got \[2\]"):
         LatentForgeForCausalLM.from_teacher(teacher, tiny_autoencoder(), layers=[2])
+
+
+def test_a_backbone_that_reads_both_ways_is_refused():
+    """It would see the patches that it is trained to predict: a loss near zero, and text of noise."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(ValueError, match="bert backbone that reads in both directions"):
+        LatentForgeForCausalLM.from_autoencoder(tiny_autoencoder(), BertConfig(**sizes))
+    student = LatentForgeForCausalLM.from_autoencoder(tiny_autoencoder(), BertConfig(**sizes, is_decoder=True))
+    ids = text_batch(1, 12)
+    changed = ids.clone()
+    changed[0, 8] = EOS
+    assert torch.equal(student(ids).logits[:, :8], student(changed).logits[:, :8])
+
+
+def test_a_keyword_that_means_nothing_is_refused():
+    """`attention_maks=` that is swallowed is a batch whose padding is read as text."""
+    student, ids = tiny_student(), text_batch(1, 8)
+    with pytest.raises(TypeError, match="knows no attention_maks"):
+        student(ids, attention_maks=torch.ones_like(ids))
+    student(ids, return_dict=True, output_attentions=None, output_hidden_states=False)
 
 
 def test_resizing_the_vocabulary_is_refused():

@@ -126,3 +126,13 @@ def test_help_lists_every_option_and_keeps_the_commands(capsys):
     text = capsys.readouterr().out
     assert "\n    run --x\n" in text
     assert all(flag in text for flag in ("--sizes", "--block_size", "--learning_rate", "--config"))
+
+
+def test_a_section_of_a_file_is_read_alone(tmp_path, capsys):
+    """Codec and student share a recipe's file: flags of the one in the other would be refused, or worse, taken."""
+    path = write(tmp_path / "c.yaml", "codec: {width: 5}\nstudent: {width: 9}\n")
+    (options,) = parse_arguments(Options, argv=["--config", f"{path}:student"])
+    assert options.width == 9
+    with pytest.raises(SystemExit):
+        parse_arguments(Options, argv=["--config", f"{path}:teacher"])
+    assert "no section 'teacher': it has codec, student" in capsys.readouterr().err

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from scripts.train_student import main
 from tests.conftest import tiny_autoencoder
 from tests.trainers.training_helpers import TEXT, byte_tokenizer, tiny_teacher
 
@@ -34,16 +33,21 @@ def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
             "--eval_strategy steps --eval_steps 3 --save_strategy no --disable_tqdm true --use_cpu true"
         ).split()
 
-    main(flags("one", 4))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    result = subprocess.run(
-        [*launch, str(ROOT / "scripts" / "train_student.py"), *flags("two", 2)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
+    def launch(launcher, *script_flags):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+        return subprocess.run(
+            [sys.executable, "-m", *launcher.split(), str(ROOT / "scripts" / "train_student.py"), *script_flags],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=250,
+        )
+
+    # the launcher that the README names; on a CPU it starts one process whatever it is asked for
+    result = launch("accelerate.commands.launch --cpu --num_processes 1", *flags("one", 4))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert re.findall(r"process \d: world_size=(\d)", result.stdout) == ["1"]
+    result = launch("torch.distributed.run --standalone --nproc_per_node 2", *flags("two", 2))
     assert result.returncode == 0, result.stderr[-3000:]
     processes = re.findall(r"process (\d): world_size=(\d) pid=(\d+)", result.stdout)
     assert sorted(rank for rank, _, _ in processes) == ["0", "1"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .brier import brier_scores, draw_patches
-from .side_by_side import Run, SideBySide
+from .side_by_side import STUDENT, Run, SideBySide
 
 
 # figure name -> value, of one trained run
@@ -67,8 +67,6 @@ def _window(patches: int) -> Callable[[Run], Run]:
 def _weights(**weights: float) -> Callable[[Run], Run]:
     return lambda run: replace(run, weights=weights)
 
-
-BASE = {"decoder_type": "autoregressive", "num_decoder_layers": 1, "decoder_memory": "patches"}
 
 EXPERIMENTS = {
     "context": Experiment(
@@ -135,7 +133,7 @@ def answer(
     for variant, change in experiment.variants.items():
         figures: dict[str, list[float]] = {}
         for seed in seeds:
-            run = change(Run("student", learning_rate, seed, patch_size, dict(BASE), autoencoder=codec))
+            run = change(Run("student", learning_rate, seed, patch_size, dict(STUDENT), autoencoder=codec))
             for column, value in experiment.judge(table, run).items():
                 figures.setdefault(column, []).append(value)
             figures.setdefault("training, s", []).append(table.result(run)["seconds"])

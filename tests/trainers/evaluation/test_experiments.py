@@ -30,7 +30,7 @@ def test_every_variant_is_a_run_of_its_own(table):
     """Two variants that hash to one run give a table whose rows agree by construction."""
     for name, experiment in experiments.EXPERIMENTS.items():
         codec = "codec" if experiment.needs_codec else None
-        base = Run("student", 2e-3, 0, 8, dict(experiments.BASE), autoencoder=codec)
+        base = Run("student", 2e-3, 0, 8, dict(experiments.STUDENT), autoencoder=codec)
         names = {table.name(change(base)) for change in experiment.variants.values()}
         assert len(names) == len(experiment.variants), name
 
