@@ -463,7 +463,9 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             )
         unknown = {name for name, value in kwargs.items() if value is not None and value is not False}
         if unknown - HARMLESS_KEYWORDS:
-            raise TypeError(f"LatentForgeForCausalLM.forward() knows no {', '.join(sorted(unknown - HARMLESS_KEYWORDS))}.")
+            raise TypeError(
+                f"LatentForgeForCausalLM.forward() knows no {', '.join(sorted(unknown - HARMLESS_KEYWORDS))}."
+            )
         sample_noise = self.training if sample_noise is None else sample_noise
         # Trainer switches off only the top config's use_cache: no cache is built while learning
         use_cache = (

@@ -111,9 +111,7 @@ class LatentForgeMemoryAttention(nn.Module):
     def remember(self, conditions: torch.Tensor, positions: torch.Tensor) -> KeyValue:
         """Conditions `(B, C, H)` at patch `positions (C,)` or `(B, 1, C)` -> keys and values `(B, h, C, d)`."""
         conditions = self.norm_memory(conditions.to(self.norm_memory.weight.dtype))
-        key, value = (
-            self.kv_proj(conditions).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )
+        key, value = self.kv_proj(conditions).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return rotate(key, rotary_angles(positions, self.head_size, key.dtype)), value
 
     def forward(self, x: torch.Tensor, angles: KeyValue, memory: KeyValue, mask: torch.Tensor | None) -> torch.Tensor:

@@ -6,7 +6,7 @@ try:
     import yaml as _yaml
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"Training needs the package {error.name!r}, which the extra `train` brings: pip install 'latentforge[train]'.",
+        f"Training needs the package {error.name!r} of the extra `train`: pip install 'latentforge[train]'.",
         name=error.name,
     ) from error
 

@@ -18,9 +18,9 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """Fill one instance of each dataclass from the command line and from YAML files.
 
-    `--config file.yaml`, or `--config file.yaml:section` for one section of it (may be given several times, later files
-    win), is turned into flags that are read *before*
-    those of the command line, so a flag always wins over the files. The detour through flags is what gives YAML values
+    `--config file.yaml`, or `--config file.yaml:section` for one section of it (may be given several times, later
+    files win), is turned into flags that are read *before* those of the command line, so a flag always wins over the
+    files. The detour through flags is what gives YAML values
     their types: YAML 1.1 reads `learning_rate: 1e-4` as a string. Lists become several values, mappings JSON, `null`
     leaves the default. Flags are never abbreviated: what is unique today is ambiguous tomorrow.
 
@@ -38,7 +38,10 @@ def parse_arguments(
     """
     parser = _Parser(dataclass_types, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
     parser.add_argument(
-        "--config", action="append", metavar="FILE.yaml[:SECTION]", help="YAML file of these options; flags win over it."
+        "--config",
+        action="append",
+        metavar="FILE.yaml[:SECTION]",
+        help="YAML file of these options; flags win over it.",
     )
     argv = list(sys.argv[1:] if argv is None else argv)
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, prog=parser.prog)

@@ -13,8 +13,9 @@ from .base_trainer import LatentTrainingConfig
 
 ARCHITECTURES = ("granite", "llama", "gpt_neox", "qwen3")
 
-# Granite is Llama with a factor on its embeddings; with the others off and this one on, embeddings of standard deviation
-# 0.02 take AdamW's steps 16 times as far. From scratch that is worth 0.8 nats after 1 M tokens (docs/experiments.md).
+# Granite is Llama with a factor on its embeddings; with its other factors off and this one on, embeddings of standard
+# deviation 0.02 take AdamW's steps 16 times as far. From scratch that is worth 0.8 nats after 1 M tokens
+# (docs/experiments.md).
 GRANITE = {"embedding_multiplier": 16.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
 
 

@@ -130,10 +130,15 @@ def answer(
     codec = table.codec(patch_size) if experiment.needs_codec else None
     rows: list[list[str]] = []
     columns: list[str] = []
+
+    def run_of(change: Callable[[Run], Run], seed: int) -> Run:
+        return change(Run("student", learning_rate, seed, patch_size, dict(STUDENT), autoencoder=codec))
+
+    table.results([run_of(change, seed) for change in experiment.variants.values() for seed in seeds])
     for variant, change in experiment.variants.items():
         figures: dict[str, list[float]] = {}
         for seed in seeds:
-            run = change(Run("student", learning_rate, seed, patch_size, dict(STUDENT), autoencoder=codec))
+            run = run_of(change, seed)
             for column, value in experiment.judge(table, run).items():
                 figures.setdefault(column, []).append(value)
             figures.setdefault("training, s", []).append(table.result(run)["seconds"])

@@ -34,9 +34,11 @@ def _logprobs(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 class _DenseKL(torch.autograd.Function):
-    """KL(teacher || student) with its gradient in closed form: two softmaxes and one saved tensor instead of autograd's
-    chain (measured: 0.15 s against 0.26 s for 8192 tokens of a vocabulary of 4096, the teacher's product with them, on
-    two cores)."""
+    """KL(teacher || student) with its gradient in closed form: two softmaxes and one saved tensor.
+
+    Measured for 8192 tokens of a vocabulary of 4096 on two cores, the teacher's product included: 0.15 s, where
+    autograd's chain took 0.26.
+    """
 
     @staticmethod
     def forward(ctx, student_logits, teacher_logits, temperature):

@@ -31,6 +31,26 @@ def test_all_kinds_train_on_the_same_blocks_and_are_kept(tmp_path):
     assert table.name(Run("student", 2e-3, 0, 4, student)) != table.name(runs[2])
 
 
+def test_runs_that_share_the_cores_are_the_runs_alone(tmp_path):
+    """A table that trained its rows at once must not mix up whose figure is whose, nor train a teacher twice."""
+    table = _table(tmp_path, num_tokens=2048, records_dir=tmp_path / "records")
+    student = {"decoder_hidden_size": 64, "decoder_num_heads": 1}
+    teacher = Run("token_lm", 5e-3)
+    runs = [
+        Run("student", rate, 0, 4, student, {"ce_weight": 0.5, "kd_weight": 0.5}, teacher) for rate in (1e-3, 5e-3)
+    ]
+    results = table.results(runs)
+    assert [result["run"]["learning_rate"] for result in results] == [1e-3, 5e-3]
+    assert results[0]["nll"] != results[1]["nll"]
+    # another machine has the records only
+    elsewhere = _table(tmp_path, num_tokens=2048, records_dir=tmp_path / "records")
+    elsewhere.work_dir = tmp_path / "elsewhere" / elsewhere.work_dir.name
+    assert elsewhere.results(runs) == results
+    (tmp_path / "alone").mkdir()
+    alone = _table(tmp_path / "alone", num_tokens=2048, data=table.data)
+    assert abs(alone.result(runs[1])["nll"] - results[1]["nll"]) < 0.02
+
+
 def test_the_bare_decoder_sees_nothing_before_its_window():
     """The context share divides by its NLL: a leak makes every student look bad, a narrow window good."""
     student = tiny_student(num_decoder_layers=1, decoder_window=4)
