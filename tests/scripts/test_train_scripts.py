@@ -149,9 +149,9 @@ def test_teacher_of_another_tokenizer_is_refused(room, tmp_path):
 @pytest.mark.parametrize("script", ["autoencoder", "student"])
 def test_seed_configs_are_readable_and_hold_the_seeds_values(tmp_path, script):
     """`make train-ae` and `make train-student` start from them."""
-    config = Path(train_student.__file__).parent / "configs" / f"seed_{script}.yaml"
+    config = f"{Path(train_student.__file__).parent}/configs/seed.yaml:{script}"
     if script == "autoencoder":
-        argv = ["--config", str(config), "--tokenizer", "t", "--output_dir", str(tmp_path)]
+        argv = ["--config", config, "--tokenizer", "t", "--output_dir", str(tmp_path)]
         codec, data, training = parse_arguments(train_autoencoder.CodecArguments, DataArguments, AEConfig, argv=argv)
         assert (codec.patch_size, codec.latent_size, codec.hidden_size, codec.intermediate_size) == (
             8,
@@ -161,7 +161,7 @@ def test_seed_configs_are_readable_and_hold_the_seeds_values(tmp_path, script):
         )
         assert (codec.token_dropout, codec.kl_weight, codec.kl_clamp) == (0.15, 1e-3, 0.5)
     else:
-        argv = ["--config", str(config), "--autoencoder", "a", "--output_dir", str(tmp_path)]
+        argv = ["--config", config, "--autoencoder", "a", "--output_dir", str(tmp_path)]
         student, data, training = parse_arguments(train_student.StudentArguments, DataArguments, KDConfig, argv=argv)
         assert (student.num_hidden_layers, student.hidden_size, student.intermediate_size) == (12, 768, 2048)
         assert (student.decoder_type, training.kd_temperature, training.mse_weight) == ("parallel", 2.0, 1.0)
