@@ -1,7 +1,7 @@
 """What a student remembers between two tokens.
 
 B batch, K tokens per patch, C conditions so far, W decoder window, h heads, d head size, E decoder width, V
-vocabulary.
+vocabulary, S taps of the decoder's short convolution.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,8 @@ class LatentForgeCache(Cache):
     """The backbone's cache, counted in patches, and around it what belongs to the unfinished patch.
 
     To transformers it is a cache of tokens: [`get_seq_length`] counts columns of `input_ids`. Rows of a left-padded
-        batch
-    start at different columns, so with an autoregressive decoder they complete their patches at different times; a
-    backbone slot that a row did not fill is masked.
+    batch start at different columns, so with an autoregressive decoder they complete their patches at different
+    times; a backbone slot that a row did not fill is masked.
 
     Attributes:
         backbone: cache of the backbone.
@@ -24,6 +23,7 @@ class LatentForgeCache(Cache):
         pending_ids, pending_mask: `(B, K)`, the unfinished patch.
         num_patches: `(B, 1)`, complete patches per row: the backbone's next position.
         patch_mask: `(B, slots)` or None, which backbone slots hold a patch of the row.
+        recent: `(B, S - 1, E)`, the decoder's last inputs, zeros where a row has fewer.
         windows: per decoder layer, keys and values `(B, h, <= W - 1, d)`; `window_mask (B, <= W - 1)` or None.
         memory: keys and values `(B, h, C, d)` of the conditions; `memory_mask (B, C)` or None.
         latent_embeds: `(B, 1, E)`, the latent of the patch being written.
@@ -42,6 +42,7 @@ class LatentForgeCache(Cache):
         self.pending_mask: torch.Tensor | None = None
         self.num_patches: torch.Tensor | None = None
         self.patch_mask: torch.Tensor | None = None
+        self.recent: torch.Tensor | None = None
         self.windows: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.window_mask: torch.Tensor | None = None
         self.memory: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -96,6 +97,7 @@ class LatentForgeCache(Cache):
             "pending_mask",
             "num_patches",
             "patch_mask",
+            "recent",
             "window_mask",
             "memory_mask",
             "latent_embeds",

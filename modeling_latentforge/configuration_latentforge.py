@@ -88,6 +88,8 @@ class LatentForgeConfig(PreTrainedConfig):
             autoregressive decoder; sizes default to the backbone's hidden size, 8/3 of the decoder's width, and one
             head per 64.
         decoder_window: W, tokens that a decoder layer sees, the current one included; default `2 * patch_size`.
+        decoder_conv_size: S, taps of the causal convolution over the decoder's inputs, the current token's included;
+            1: no mixing, a factor per channel only.
         decoder_memory: `none`, or `patches`: one decoder layer also attends to all conditions up to its own patch's.
         embedding_multiplier: what a token's embedding is multiplied by before it enters its patch: small weights under
             AdamW learn faster (measured, docs/experiments.md). Default 16, or 1 for a backbone that multiplies its
@@ -121,6 +123,7 @@ class LatentForgeConfig(PreTrainedConfig):
     decoder_intermediate_size: int | None = None
     decoder_num_heads: int | None = None
     decoder_window: int | None = None
+    decoder_conv_size: int = 4
     decoder_memory: Literal["none", "patches"] = "patches"
     decoder_output_size: int | None = None
     embedding_multiplier: float | None = None
@@ -177,6 +180,8 @@ class LatentForgeConfig(PreTrainedConfig):
                     f"`decoder_window` ({self.decoder_window}) must hold at least the patch's own tokens: "
                     f"`patch_size` is {self.patch_size}."
                 )
+            if self.decoder_conv_size < 1:
+                raise ValueError(f"`decoder_conv_size` must be at least 1 (no mixing), got {self.decoder_conv_size}.")
             if self.tie_word_embeddings and self.decoder_output_size != self.decoder_hidden_size:
                 raise ValueError(
                     f"`tie_word_embeddings` needs `decoder_output_size` ({self.decoder_output_size}) equal to "

@@ -28,7 +28,7 @@ from .configuration_latentforge import LatentForgeConfig
 from .generation_latentforge import LatentGenerationMixin
 from .modeling_autoencoder import LatentForgeAutoencoder, LatentForgeDecoder
 from .modeling_latent_heads import HEADS
-from .modeling_patch_decoder import LatentForgePatchDecoder
+from .modeling_patch_decoder import LatentForgePatchDecoder, LatentForgeShortConvolution
 from .modeling_token_loss import TokenLoss, token_loss
 
 
@@ -112,6 +112,9 @@ class LatentForgePreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, (LatentForgePatchEmbedding, LatentForgePatchDecoder)):
             init.normal_(module.mask_embedding, std=std)
+        elif isinstance(module, LatentForgeShortConvolution):
+            bound = module.size**-0.5 if module.size > 1 else 0.0
+            init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, LatentForgeModel):
             init.normal_(module.start, std=std)
 
@@ -488,9 +491,9 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         conditions, patch_mask = self._conditions(grid, None if cache is None else cache.backbone, cache is not None)
         if self.config.decoder_type == "autoregressive":
             latents = self.sample_latents(conditions, sample_noise)
-            hidden, windows, memory = self.decoder(grid.input_ids, grid.mask, latents, conditions)
+            hidden, inputs, windows, memory = self.decoder(grid.input_ids, grid.mask, latents, conditions)
             if cache is not None:
-                self._fill_cache(cache, grid, length, latents, windows, memory)
+                self._fill_cache(cache, grid, length, latents, inputs, windows, memory)
         elif cache is not None and logits_to_keep == 1:
             latents = self.sample_latents(conditions[:, -1:], sample_noise)
             hidden = None
@@ -607,12 +610,15 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         cache.pending_mask = None if grid.mask is None else grid.mask.gather(1, places)
         return counts
 
-    def _fill_cache(self, cache, grid, length, latents, windows, memory) -> None:
+    def _fill_cache(self, cache, grid, length, latents, inputs, windows, memory) -> None:
         batch, device, patch_size = grid.input_ids.shape[0], grid.input_ids.device, self.config.patch_size
         lengths = (
             [length] * batch if isinstance(grid.shift, int) else [length - shift for shift in grid.shift.tolist()]
         )
         counts = self._begin_cache(cache, grid, length, lengths)
+        # `inputs` begins with S - 1 zeros: its places n .. n + S - 2 are the last inputs of a row of n tokens
+        last = counts[:, None] + torch.arange(self.config.decoder_conv_size - 1, device=device)
+        cache.recent = inputs.gather(1, last[..., None].expand(-1, -1, inputs.shape[-1]))
         keep = self.config.decoder_window - 1
         if min(lengths) == length:  # no row is padded
             lengths = lengths[0]
@@ -742,8 +748,16 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             seen = torch.cat([cache.window_mask, cache.window_mask.new_ones(len(cache.lengths), 1)], dim=1)
             window_mask, cache.window_mask = seen[:, None, None], seen[:, 1:]
         memory_mask = None if cache.memory_mask is None else cache.memory_mask[:, None, None]
-        hidden, cache.windows = self.decoder.step(
-            token, mask, cache.latent_embeds, positions, cache.windows, window_mask, cache.memory, memory_mask
+        hidden, cache.recent, cache.windows = self.decoder.step(
+            token,
+            mask,
+            cache.latent_embeds,
+            positions,
+            cache.recent,
+            cache.windows,
+            window_mask,
+            cache.memory,
+            memory_mask,
         )
         return self.lm_head(hidden)
 
