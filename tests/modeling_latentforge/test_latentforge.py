@@ -4,6 +4,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
 
 from modeling_latentforge import LatentForgeConfig, LatentForgeForCausalLM
+from modeling_latentforge.modeling_patch_decoder import LatentForgeShortConvolution
 from tests.conftest import BACKBONES, EOS, HEAD_DECODER, PAD, VOCAB, text_batch, tiny_autoencoder, tiny_student
 
 
@@ -36,6 +37,36 @@ def test_context_beyond_the_window_arrives_through_the_latents(memory, reach):
     changed = ids.clone()
     changed[0, 0] = EOS
     assert (student(ids).logits - student(changed).logits)[0, 15].abs().max() > 1e-6
+
+
+def test_the_convolution_reaches_back_its_taps_and_no_further():
+    """One tap too many reads beyond the declared window; one too few wastes the layer it replaces."""
+    convolution = LatentForgeShortConvolution(8, 4).double()
+    convolution.weight.data.normal_()
+    x = torch.randn(1, 9, 8, dtype=torch.double)
+    whole, inputs = convolution(x)
+    changed = x.clone()
+    changed[0, 2] += 1
+    moved = (convolution(changed)[0] - whole).abs().amax((0, 2)) > 0
+    assert moved.tolist() == [False, False, True, True, True, True, False, False, False]
+    expected = nn.functional.conv1d(
+        nn.functional.pad(x.mT, (3, 0)), convolution.weight.T[:, None], groups=8
+    ).mT  # conv1d is a correlation: its last tap is the current token's
+    torch.testing.assert_close(whole, x + expected)
+    recent = inputs[:, 5:8]
+    for t in range(5, 9):
+        token, recent = convolution.step(x[:, t : t + 1], recent)
+        torch.testing.assert_close(token[:, 0], whole[:, t])
+
+
+def test_a_decoder_without_convolution_is_one_tap():
+    """The ablation must be the same model otherwise."""
+    student = tiny_student(decoder_conv_size=1)
+    assert student.decoder.convolution.weight.abs().sum() == 0
+    ids = text_batch(2, 9)
+    cached = student(ids[:, :5], use_cache=True)
+    step = student(ids[:, 5:], past_key_values=cached.past_key_values).logits
+    torch.testing.assert_close(step, student(ids).logits[:, 5:], rtol=0, atol=1e-4)
 
 
 @PAIRS
@@ -182,6 +213,7 @@ def test_low_rank_output():
         ({"decoder_output_size": 8, "tie_word_embeddings": True}, r"`decoder_output_size` \(8\)"),
         ({"decoder_type": "serial"}, "serial"),
         ({"num_decoder_layers": 0}, "num_decoder_layers.*0"),
+        ({"decoder_conv_size": 0}, "decoder_conv_size.*0"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_with_their_values(kwargs, message):

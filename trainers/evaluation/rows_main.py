@@ -18,12 +18,18 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from modeling_latentforge import LatentForgeAutoencoder, LatentForgeAutoencoderConfig, LatentForgeForCausalLM
+from modeling_latentforge import (
+    LatentForgeAutoencoder,
+    LatentForgeAutoencoderConfig,
+    LatentForgeConfig,
+    LatentForgeForCausalLM,
+)
 from modeling_latentforge.modeling_token_loss import token_loss
 
 from ..data import DataArguments, load_blocks
 from ..teachers.hf_teacher import HFTeacher
 from ..verification import ROOT, Context, Measured, Row
+from .exactness import cached_error, exactness
 from .reconstruction import reconstruction_accuracy
 from .side_by_side import RECORDS, STUDENT, Run, SideBySide
 from .speed import generation_speed
@@ -230,7 +236,9 @@ def kd_zero(context: Context) -> Measured:
 # -- exactness
 
 
-def _tiny(head: str, decoder: str, dtype: torch.dtype = torch.float32) -> LatentForgeForCausalLM:
+def _tiny(
+    head: str, decoder: str, dtype: torch.dtype = torch.float32, initializer_range: float = 0.2
+) -> LatentForgeForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=258,
@@ -238,7 +246,7 @@ def _tiny(head: str, decoder: str, dtype: torch.dtype = torch.float32) -> Latent
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        initializer_range=0.2,
+        initializer_range=initializer_range,
     )
     codec = LatentForgeAutoencoder(
         LatentForgeAutoencoderConfig(
@@ -247,7 +255,7 @@ def _tiny(head: str, decoder: str, dtype: torch.dtype = torch.float32) -> Latent
             latent_size=32,
             hidden_size=64,
             intermediate_size=96,
-            initializer_range=0.2,
+            initializer_range=initializer_range,
             eos_token_id=256,
             pad_token_id=257,
         )
@@ -258,17 +266,17 @@ def _tiny(head: str, decoder: str, dtype: torch.dtype = torch.float32) -> Latent
         head_config={"head_type": head},
         decoder_type=decoder,
         decoder_num_heads=2,
-        initializer_range=0.2,
+        initializer_range=initializer_range,
     ).to(dtype)
 
 
 # what the exactness rows read; fixed, so that their rounding is
 TEXT = (
-    "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a "
-    "wife. However little known the feelings or views of such a man may be on his first entering a neighbourhood, "
-    "this truth is so well fixed in the minds of the surrounding families, that he is considered as the rightful "
-    "property of some one or other of their daughters."
-)  # Jane Austen, Pride and Prejudice (1813)
+    "The ferry leaves the northern quay at a quarter past six, when the fog has not yet lifted and the gulls are "
+    "still asleep on the chimneys. Whoever wants a seat by the window comes early; whoever comes late stands among "
+    "the bicycles, the crates of leeks and the postman's three grey sacks. On Thursdays there is also a goat, which "
+    "belongs to nobody that anyone can name, and which always gets off first."
+)
 
 
 def _text(rows: int, length: int, start: int = 0) -> torch.Tensor:
@@ -292,80 +300,81 @@ def causality(context: Context) -> Measured:
     return Measured("exact for every pair" if not broken else ", ".join(broken), not broken)
 
 
+DTYPES = ((torch.float32, "fp32", 1e-5), (torch.float64, "fp64", 1e-10))
+
+
+def _limit(name: str, limit: float) -> float:
+    return 1e-5 if name == "log-probabilities" else limit  # `generate` keeps fp32 scores in either dtype
+
+
+def _exactness_of_tiny(context: Context, initializer_range: float) -> tuple[dict[str, dict[str, float]], bool]:
+    """Largest differences by dtype, over every pair and seven texts."""
+    worst: dict[str, dict[str, float]] = {digits: {} for _, digits, _ in DTYPES}
+    same = True
+    for (dtype, digits, _), (head, decoder) in itertools.product(DTYPES, PAIRS):
+        model = _tiny(head, decoder, dtype, initializer_range)
+        for start in range(0, 300, 44):
+            folder = context.work_dir / "saved" if start == 0 else None
+            # no row is full: what pads every row must vanish too
+            found, equal = exactness(model, _text(4, 11, start), (9, 8, 5, 2), folder=folder)
+            same &= equal
+            for name, value in found.items():
+                worst[digits][name] = max(worst[digits].get(name, 0.0), value)
+    return worst, same
+
+
+def _exactness_figure(worst: dict[str, dict[str, float]]) -> str:
+    return "; ".join(
+        f"{digits} " + ", ".join(f"{name} {value:.1e}" for name, value in found.items())
+        for digits, found in worst.items()
+    )
+
+
+def _within(worst: dict[str, dict[str, float]]) -> bool:
+    return all(value <= _limit(name, limit) for _, digits, limit in DTYPES for name, value in worst[digits].items())
+
+
 def equalities(context: Context) -> Measured:
-    """Largest difference, over every pair, of what must be equal."""
-    worst: dict[str, float] = {}
-    ids_equal = True
-    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 19, "eos_token_id": None, "pad_token_id": 257}
-
-    def note(name: str, value: torch.Tensor) -> None:
-        worst[name] = max(worst.get(name, 0.0), float(value.detach().abs().max()))
-
-    for dtype, digits in ((torch.float32, "fp32"), (torch.float64, "fp64")):
-        for (head, decoder), start in itertools.product(PAIRS, range(0, 300, 44)):
-            model, ids = _tiny(head, decoder, dtype), _text(4, 11, start)
-            ids_equal &= torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
-            whole = model(ids, patch_offset=3 if decoder == "parallel" else None).logits
-            note(f"cached {digits}", _by_token(model, ids) - whole)
-            mask = torch.ones_like(ids)
-            lengths = (9, 8, 5, 2)  # no row is full: what pads every row must vanish too
-            for row, length in enumerate(lengths):
-                mask[row, : 11 - length] = 0
-            batch = model(ids, attention_mask=mask).logits
-            together = model.generate(ids, attention_mask=mask, **options)
-            for row, length in enumerate(lengths):
-                alone = ids[row : row + 1, 11 - length :]
-                note(f"left-padded {digits}", batch[row, 11 - length :] - model(alone).logits[0])
-                ids_equal &= torch.equal(together[row, 11:], model.generate(alone, **options)[0, length:])
-            folder = context.work_dir / "saved"
-            if start == 0:
-                model.save_pretrained(folder)
-                again = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
-                note(f"save and load {digits}", again - model(ids).logits)
-            if head == "regression":
-                torch.manual_seed(1)
-                # fp32 scores are what the loop keeps: the comparison is of fp32 log-probabilities in either dtype
-                sampled = model.generate(
-                    ids, **{**options, "do_sample": True}, return_dict_in_generate=True, output_logits=True
-                )
-                new = sampled.sequences[:, 11:]
-                log_p = torch.stack(sampled.logits, 1).double().log_softmax(-1).gather(2, new[..., None])
-                offset = 1 if decoder == "parallel" else None
-                forward = model(sampled.sequences, patch_offset=offset).logits[:, 10:-1].double().log_softmax(-1)
-                note(f"log-probabilities {digits}", log_p - forward.gather(2, new[..., None]))
-    limits = {"fp32": 1e-5, "fp64": 1e-10}
-    passed = ids_equal and all(
-        value <= (limits["fp32"] if name.startswith("log-prob") else limits[name[-4:]])
-        for name, value in worst.items()
+    """Models as they are built, and the demo's as they are trained, on files that they never saw."""
+    built, same = _exactness_of_tiny(context, LatentForgeConfig().initializer_range)
+    folder = demo_folder(context)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    _, held_out = load_blocks(
+        DataArguments(block_size=1024, max_eval_tokens=2**14, max_train_tokens=1024), tokenizer, 8, seed=0
     )
-    figure = f"greedy ids {'equal' if ids_equal else 'DIFFER'}; " + ", ".join(
-        f"{name} {value:.1e}" for name, value in worst.items()
+    ids = torch.tensor([held_out[row]["input_ids"][512:556] for row in range(4)])
+    trained: dict[str, dict[str, float]] = {}
+    for dtype, digits, _ in DTYPES:
+        trained[digits] = {}
+        for name in ("student", "student_parallel"):
+            model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=dtype).eval()
+            found, equal = exactness(model, ids, (41, 33, 20, 9), folder=context.work_dir / "saved")
+            same &= equal
+            trained[digits] |= {key: max(value, trained[digits].get(key, 0.0)) for key, value in found.items()}
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher").eval()
+    with torch.no_grad():
+        of_teacher = cached_error(teacher, ids)
+    figure = (
+        f"greedy ids {'equal' if same else 'DIFFER'}; as built: {_exactness_figure(built)}; "
+        f"trained: {_exactness_figure(trained)} (its token teacher, cached fp32: {of_teacher:.1e})"
     )
-    figure += f"; a token Llama of four such layers, cached fp32 {_llama_cached_error():.1e}"
-    return Measured(figure, passed, worst)
+    details = {"built": built, "trained": trained, "teacher": of_teacher}
+    return Measured(figure, same and _within(built) and _within(trained), details)
 
 
-def _llama_cached_error() -> float:
-    """What rounding alone does: transformers' own Llama, 4 x 64, same weights' spread, on the same texts."""
+def equalities_large(context: Context) -> Measured:
+    """Weights ten times as large as built, so that no small error hides; fp32 rounding grows with them, in any model:
+    beside it, transformers' own Llama with as many layers, on the same texts."""
+    worst, same = _exactness_of_tiny(context, 0.2)
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=258, initializer_range=0.2, **sizes)).eval()
-    worst = 0.0
-    for start in range(0, 300, 44):
-        ids = _text(4, 11, start)
-        with torch.no_grad():
-            worst = max(worst, float((_by_token(model, ids) - model(ids).logits).abs().max()))
-    return worst
-
-
-def _by_token(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of a prompt of five tokens and then one token after another through the cache."""
-    output = model(ids[:, :5], use_cache=True)
-    pieces = [output.logits]
-    for t in range(5, ids.shape[1]):
-        output = model(ids[:, t : t + 1], past_key_values=output.past_key_values)
-        pieces.append(output.logits)
-    return torch.cat(pieces, 1)
+    llama = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=258, initializer_range=0.2, **sizes)).eval()
+    with torch.no_grad():
+        plain = max(cached_error(llama, _text(4, 11, start)) for start in range(0, 300, 44))
+    figure = f"greedy ids {'equal' if same else 'DIFFER'}; {_exactness_figure(worst)}; plain Llama, fp32 {plain:.1e}"
+    exact = all(value <= _limit(name, 1e-10) for name, value in worst["fp64"].items())
+    rounding = all(value <= 4 * plain for value in worst["fp32"].values())
+    return Measured(figure, same and exact and rounding, {**worst, "llama": plain})
 
 
 # -- the student's quality
@@ -557,9 +566,15 @@ ROWS = [
         "cached = uncached; left-padded row = row alone; save = load; log-probabilities of forward = of generate",
         "same greedy ids; 1e-5 in fp32, 1e-10 in fp64",
         equalities,
-        setup="2 x 64 with weights of std 0.2, K=4, seven texts of 4 x 11 tokens; "
-        "every pair, log-probabilities of regression heads (an energy head's belong "
-        "to one noise sample), judged at 1e-5 throughout: generate keeps fp32 scores",
+        setup="every pair as built, 2 x 64, K=4, seven texts of 4 x 11 tokens; the demo's students, 4 x 44 tokens of "
+        "held-out files; log-probabilities of regression heads, at 1e-5 throughout: generate keeps fp32 scores",
+    ),
+    Row(
+        "equalities_large",
+        "the same with weights ten times as large (std 0.2), where rounding grows",
+        "same greedy ids; 1e-10 in fp64; fp32 within four times what plain Llama's own cache differs by",
+        equalities_large,
+        setup="every pair, 2 x 64, K=4, seven texts of 4 x 11 tokens",
     ),
     Row(
         "tests",
