@@ -33,8 +33,10 @@ ROW ?=
 # Without a teacher of your own, a small token model is trained and distilled; with one, its tokenizer is everybody's.
 TEACHER_MODEL = $(or $(TEACHER),$(CHECKPOINTS)/teacher)
 TOKENIZER = $(or $(TEACHER),$(CHECKPOINTS)/tokenizer)
+# the recipe's blocks are of 2048 tokens: for a K that does not divide them, as many whole patches
+BLOCK_SIZE ?= $(shell [ "$(K)" -gt 0 ] 2>/dev/null && [ $$((2048 % $(K))) -ne 0 ] && expr 2048 / "$(K)" \* "$(K)")
 # the recipes warm up for 1000 and 2000 steps, more than a small corpus has: here it is a share of all steps
-LENGTH = $(if $(EPOCHS),--num_train_epochs "$(EPOCHS)") $(if $(STEPS),--max_steps "$(STEPS)") \
+LENGTH = $(if $(BLOCK_SIZE),--block_size "$(BLOCK_SIZE)") $(if $(EPOCHS),--num_train_epochs "$(EPOCHS)") $(if $(STEPS),--max_steps "$(STEPS)") \
 	$(if $(BATCH_SIZE),--per_device_train_batch_size "$(BATCH_SIZE)") --warmup_steps 0.05
 
 # text a person types reaches the shell as environment, whatever quotes and dollars it holds
@@ -68,7 +70,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml $(VENV)/.torch
 
 .PHONY: demo
 demo: setup ## train codec, teacher and students in 12 minutes on 2 cores, and report; DATA= K= D= TEACHER= for your own
-	$(BIN)/python scripts/demo.py $(if $(filter-out file default,$(origin DATA)),--data "$$DATA_TEXT") \
+	$(BIN)/python scripts/demo.py $(if $(filter-out file default,$(origin DATA)),--data="$$DATA_TEXT") \
 		$(if $(filter-out file default,$(origin K)),--patch_size "$(K)") \
 		$(if $(filter-out file default,$(origin D)),--latent_size "$(D)") \
 		$(if $(TEACHER),--teacher "$(TEACHER)")
@@ -80,26 +82,26 @@ toy: setup ## write a toy data set, data/toy.jsonl
 .PHONY: train-ae
 train-ae: setup $(if $(TEACHER),,$(CHECKPOINTS)/tokenizer/tokenizer.json) ## train the codec (DATA K D EPOCHS BATCH_SIZE STEPS)
 	$(BIN)/python scripts/train_autoencoder.py --config $(RECIPE):autoencoder \
-		--data "$$DATA_TEXT" --tokenizer "$(TOKENIZER)" --output_dir $(CHECKPOINTS)/ae \
+		--data="$$DATA_TEXT" --tokenizer "$(TOKENIZER)" --output_dir $(CHECKPOINTS)/ae \
 		--patch_size "$(K)" --latent_size "$(D)" $(LENGTH)
 
 .PHONY: train-student
 train-student: setup $(CHECKPOINTS)/ae/config.json $(if $(TEACHER),,$(CHECKPOINTS)/teacher/config.json) ## train the student (DATA TEACHER KD_W MSE_W CE_W EPOCHS BATCH_SIZE STEPS)
 	$(BIN)/python scripts/train_student.py --config $(RECIPE):student \
-		--data "$$DATA_TEXT" --autoencoder $(CHECKPOINTS)/ae --teacher "$(TEACHER_MODEL)" --output_dir $(CHECKPOINTS)/student \
+		--data="$$DATA_TEXT" --autoencoder $(CHECKPOINTS)/ae --teacher "$(TEACHER_MODEL)" --output_dir $(CHECKPOINTS)/student \
 		--kd_weight "$(KD_W)" --mse_weight "$(MSE_W)" --ce_weight "$(CE_W)" $(LENGTH)
 
 .PHONY: infer
 infer: setup $(CHECKPOINTS)/student/config.json ## continue a text (PROMPT MAX_NEW_TOKENS TEMP)
-	$(BIN)/python scripts/infer.py --model $(CHECKPOINTS)/student --prompt "$$PROMPT_TEXT" \
+	$(BIN)/python scripts/infer.py --model $(CHECKPOINTS)/student --prompt="$$PROMPT_TEXT" \
 		--max_new_tokens "$(MAX_NEW_TOKENS)" --temperature "$(TEMP)"
 
 # what is missing is made, what is there is kept: train anew with `make train-ae` or `make train-student`
 $(CHECKPOINTS)/tokenizer/tokenizer.json: | setup
-	$(BIN)/python scripts/train_tokenizer.py --data "$$DATA_TEXT" --output_dir $(CHECKPOINTS)/tokenizer
+	$(BIN)/python scripts/train_tokenizer.py --data="$$DATA_TEXT" --output_dir $(CHECKPOINTS)/tokenizer
 
 $(CHECKPOINTS)/teacher/config.json: | setup $(CHECKPOINTS)/tokenizer/tokenizer.json
-	$(BIN)/python scripts/train_teacher.py --data "$$DATA_TEXT" --tokenizer $(CHECKPOINTS)/tokenizer \
+	$(BIN)/python scripts/train_teacher.py --data="$$DATA_TEXT" --tokenizer $(CHECKPOINTS)/tokenizer \
 		--output_dir $(CHECKPOINTS)/teacher --patch_size "$(K)" $(LENGTH)
 
 $(CHECKPOINTS)/ae/config.json:

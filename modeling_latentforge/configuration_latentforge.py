@@ -87,7 +87,8 @@ class LatentForgeConfig(PreTrainedConfig):
         num_decoder_layers, decoder_hidden_size, decoder_intermediate_size, decoder_num_heads: shape of the
             autoregressive decoder; sizes default to the backbone's hidden size, 8/3 of the decoder's width, and one
             head per 64.
-        decoder_window: W, tokens that a decoder layer sees, the current one included; default `2 * patch_size`.
+        decoder_window: W, tokens that a decoder layer attends to, the current one included; default `2 * patch_size`.
+            With the convolution's S - 1 before the first of them, L layers see L * (W - 1) + S tokens.
         decoder_conv_size: S, taps of the causal convolution over the decoder's inputs, the current token's included;
             1: no mixing, a factor per channel only.
         decoder_memory: `none`, or `patches`: one decoder layer also attends to all conditions up to its own patch's.

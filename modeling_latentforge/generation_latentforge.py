@@ -41,6 +41,14 @@ class LatentGenerationMixin(GenerationMixin):
     def _with_grid(self, input_ids, generation_config, kwargs: dict) -> dict:
         """LatentForge specific: what `forward` must be told at every token of one `generate`."""
         kwargs = dict(kwargs)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            empty = [row for row, tokens in enumerate(mask[:, : input_ids.shape[1]].sum(1).tolist()) if not tokens]
+            if empty:
+                raise ValueError(
+                    f"Rows {empty} of the prompts hold nothing but padding: give each at least one token, EOS to "
+                    "start a new text."
+                )
         # the grid of a parallel decoder ends at the prompt's end and must not move while the text grows
         if self.config.decoder_type == "parallel" and kwargs.get("patch_offset") is None:
             kwargs["patch_offset"] = -input_ids.shape[1] % self.config.patch_size

@@ -43,6 +43,28 @@ class LatentForgeAutoencoderOutput(ModelOutput):
     loss_components: dict | None = None
 
 
+class CompleteCheckpointMixin:
+    """transformers fills weights that a checkpoint lacks with random numbers and a warning; here it is an error: half
+    a codec, or a LoRA run's backbone, is no model."""
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: the checkpoint lacks weights of the model.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(
+                f"{args[0] if args else kwargs.get('pretrained_model_name_or_path')} is no complete {cls.__name__}: "
+                f"{len(missing)} of its weights are missing, {', '.join(missing[:3])} first. It is another model's "
+                "checkpoint, one of an older version, or one taken during a LoRA run, whose final folder is complete."
+            )
+        return (model, info) if output_loading_info else model
+
+
 class LatentForgeMLPBlock(nn.Module):
     """`x + down(silu(gate(norm(x))) * up(norm(x)))` on the last dimension."""
 
@@ -105,7 +127,7 @@ class LatentForgeDecoder(nn.Module):
         return self.norm(self.token_blocks(self.expand(hidden).unflatten(-1, (self.patch_size, -1))))
 
 
-class LatentForgeAutoencoder(PreTrainedModel):
+class LatentForgeAutoencoder(CompleteCheckpointMixin, PreTrainedModel):
     """MLP-only variational codec of CALM (arXiv 2510.27688, section 3). Its whole face is [`encode`] and
     [`decode`]."""
 

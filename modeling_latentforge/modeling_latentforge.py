@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 from .cache_latentforge import LatentForgeCache
 from .configuration_latentforge import LatentForgeConfig
 from .generation_latentforge import LatentGenerationMixin
-from .modeling_autoencoder import LatentForgeAutoencoder, LatentForgeDecoder
+from .modeling_autoencoder import CompleteCheckpointMixin, LatentForgeAutoencoder, LatentForgeDecoder
 from .modeling_latent_heads import HEADS
 from .modeling_patch_decoder import LatentForgePatchDecoder, LatentForgeShortConvolution
 from .modeling_token_loss import TokenLoss, token_loss
@@ -63,6 +63,11 @@ class Grid:
     shift: torch.Tensor | int
 
 
+def _kept(x: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions of `x (B, T, ...)` that get logits."""
+    return x[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+
+
 class LatentForgePatchEmbedding(nn.Module):
     """K tokens -> one backbone input: a linear map of the K embeddings plus a gated MLP on them."""
 
@@ -97,7 +102,7 @@ class LatentForgePatchEmbedding(nn.Module):
         self.down_proj.weight.zero_()
 
 
-class LatentForgePreTrainedModel(PreTrainedModel):
+class LatentForgePreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
     config: LatentForgeConfig
     config_class = LatentForgeConfig
     base_model_prefix = "model"
@@ -423,7 +428,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         past_key_values: Cache | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         patch_offset: int | None = None,
         sample_noise: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -441,7 +446,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 read as a learned mask.
             past_key_values: a [`LatentForgeCache`], or an empty cache for the backbone, which is then wrapped.
             labels: `(B, T)` unshifted ids, -100 where nothing is to be learned.
-            logits_to_keep: only the last so many positions get logits; 0 means all.
+            logits_to_keep: only the last so many positions get logits, 0 means all; or the places of those that do.
             patch_offset: parallel decoders: places missing left of the first patch, 0 to K - 1. Default: the grid ends
                 with the row.
             sample_noise: whether a head that reads noise gets random noise (default: in training) or its centre.
@@ -494,7 +499,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             hidden, inputs, windows, memory = self.decoder(grid.input_ids, grid.mask, latents, conditions)
             if cache is not None:
                 self._fill_cache(cache, grid, length, latents, inputs, windows, memory)
-        elif cache is not None and logits_to_keep == 1:
+        elif cache is not None and isinstance(logits_to_keep, int) and logits_to_keep == 1:
             latents = self.sample_latents(conditions[:, -1:], sample_noise)
             hidden = None
             self._fill_parallel_cache(cache, grid, length, self._decode_parallel(latents), patch_mask)
@@ -515,7 +520,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 hidden, conditions, latents, grid, labels, num_items_in_batch, loss_weights, distillation
             )
         if output_logits or labels is None:
-            output.logits = self.get_output_embeddings()(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+            output.logits = self.get_output_embeddings()(_kept(hidden, logits_to_keep))
         return output
 
     def _losses(self, hidden, conditions, latents, grid, labels, num_items, weights, distillation):
@@ -537,11 +542,12 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 f"`{self.config.head_config.head_type}`."
             )
 
-        # nothing predicts a row's first token
+        # nothing predicts a row's first token: column 0, or the first that is no padding
         labels = labels.clone()
         labels[:, 0] = -100
-        if not isinstance(grid.shift, int):
-            labels.scatter_(1, grid.shift.clamp(max=labels.shape[1] - 1)[:, None], -100)
+        if grid.mask is not None:
+            first = (grid.mask.long().cumsum(1) == 0).sum(1) + grid.shift  # (B,)
+            labels.scatter_(1, first.clamp(0, labels.shape[1] - 1)[:, None], -100)
         if num_items is None:
             num_items = (labels != -100).sum().clamp(min=1)
         components = {}
@@ -679,7 +685,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         for column in range(input_ids.shape[1]):
             token_mask = None if mask is None else mask[:, column]
             logits.append(self._step(input_ids[:, column], token_mask, cache, sample_noise))
-        return LatentForgeOutput(logits=torch.cat(logits[-logits_to_keep:], dim=1), past_key_values=cache)
+        return LatentForgeOutput(logits=_kept(torch.cat(logits, dim=1), logits_to_keep), past_key_values=cache)
 
     def _step(
         self, token: torch.Tensor, mask: torch.Tensor | None, cache: LatentForgeCache, sample_noise: bool

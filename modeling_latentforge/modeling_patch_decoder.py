@@ -301,8 +301,10 @@ class LatentForgePatchDecoder(nn.Module):
             or table[0].device != like.device
             or table[0].dtype != like.dtype
         ):
-            places = torch.arange(max(1024, 2 * position), device=like.device)
-            table = self._angle_table = rotary_angles(places, self.head_size, like.dtype)
+            # made under `torch.inference_mode()` the table could not take part in a later step with gradients
+            with torch.inference_mode(False):
+                places = torch.arange(max(1024, 2 * position), device=like.device)
+                table = self._angle_table = rotary_angles(places, self.head_size, like.dtype)
         return table[0][position : position + 1], table[1][position : position + 1]
 
     def memory_of(self, conditions: torch.Tensor, positions: torch.Tensor) -> KeyValue | None:

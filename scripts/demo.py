@@ -51,6 +51,12 @@ class DemoArguments:
         metadata={"help": "Only repeat a stage of the demo's own (generation, report), from its arguments.yaml."},
     )
 
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "latent_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
 
 @dataclass
 class Stage:

@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.model, dtype=torch.bfloat16 if arguments.bf16 else torch.float32, trust_remote_code=trust
     )
     model.to(device).eval()
+    head = getattr(model.config, "head_config", None)
+    if head is not None and head.head_type == "energy" and arguments.temperature and not arguments.use_kv_cache:
+        raise SystemExit("an energy head samples with its cache only: drop --no_use_kv_cache, or set --temperature 0")
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     if not arguments.interactive:
         _continue(arguments.prompt, arguments, model, tokenizer, streamer)

@@ -11,7 +11,7 @@
 
 The tokenizer is the codec's. Writes the model with the codec inside, the tokenizer, `eval_results.json` and
 `trainer_state.json` (the log) to `--output_dir`; `AutoModelForCausalLM.from_pretrained` loads it. With `--lora_r` the
-adapter is merged into that model, and kept in `adapter/`.
+adapter is merged into that model, and kept in `adapter/`; the checkpoints of such a run are for resuming only.
 """
 
 import os
@@ -37,33 +37,45 @@ class StudentArguments:
         default=0, metadata={"help": "With init_from_teacher: train the backbone by LoRA of this rank only."}
     )
     lora_alpha: float | None = field(default=None, metadata={"help": "Default: 2 x lora_r."})
-    lora_dropout: float = 0.0
+    lora_dropout: float | None = field(default=None, metadata={"help": "Default: 0."})
 
-    architecture: Literal["llama", "qwen3", "gpt_neox"] = field(
-        default="llama", metadata={"help": "Of a new backbone."}
+    architecture: Literal["llama", "qwen3", "gpt_neox"] | None = field(
+        default=None, metadata={"help": "Of a new backbone. Default: llama."}
     )
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
+    hidden_size: int | None = field(default=None, metadata={"help": "Of a new backbone. Default: 768."})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "Of a new backbone. Default: 12."})
+    num_attention_heads: int | None = field(default=None, metadata={"help": "Of a new backbone. Default: 12."})
     num_key_value_heads: int | None = field(default=None, metadata={"help": "Default: num_attention_heads."})
-    intermediate_size: int = 2048
+    intermediate_size: int | None = field(default=None, metadata={"help": "Of a new backbone. Default: 2048."})
     input_mode: Literal["tokens", "latents"] = field(
         default="tokens", metadata={"help": "How a patch enters the backbone."}
     )
 
+    embedding_multiplier: float | None = field(
+        default=None, metadata={"help": "Factor on a patch's token embeddings. Default: 16, or 1 with a teacher's."}
+    )
+
     head_type: Literal["regression", "energy"] = "regression"
     num_head_layers: int = field(default=1, metadata={"help": "Residual blocks of the head."})
+    noise_size: int | None = field(default=None, metadata={"help": "energy: numbers of noise. Default: 64."})
+    num_samples: int | None = field(default=None, metadata={"help": "energy: latents per patch. Default: 8."})
+    num_targets: int | None = field(default=None, metadata={"help": "energy: codec draws per patch. Default: 16."})
+    exponent: float | None = field(default=None, metadata={"help": "energy: power of the distance. Default: 1."})
+
     decoder_type: Literal["autoregressive", "parallel"] = "autoregressive"
     train_decoder: bool = field(default=False, metadata={"help": "parallel: train a copy of the codec's decoder."})
-    num_decoder_layers: int = 1
+    num_decoder_layers: int | None = field(default=None, metadata={"help": "autoregressive. Default: 1."})
     decoder_hidden_size: int | None = field(default=None, metadata={"help": "Default: the backbone's."})
     decoder_intermediate_size: int | None = None
     decoder_num_heads: int | None = None
     decoder_window: int | None = field(
         default=None, metadata={"help": "Tokens that the decoder sees. Default: 2 patches."}
     )
-    decoder_memory: Literal["none", "patches"] = field(
-        default="patches", metadata={"help": "Attend to earlier patch states."}
+    decoder_conv_size: int | None = field(
+        default=None, metadata={"help": "Tokens that its first convolution mixes. Default: 4."}
+    )
+    decoder_memory: Literal["none", "patches"] | None = field(
+        default=None, metadata={"help": "Attend to earlier patch states. Default: patches."}
     )
     decoder_output_size: int | None = field(
         default=None, metadata={"help": "Width of the output matrix; smaller is low-rank."}
@@ -77,35 +89,46 @@ class StudentArguments:
             raise ValueError(
                 "init_from_teacher is set but there is no teacher: pass --teacher, or drop it for a new backbone."
             )
-        for name in ("layers", "lora_r"):
-            if getattr(self, name) and not self.init_from_teacher:
-                raise ValueError(
-                    f"{name} ({getattr(self, name)}) is about a pretrained backbone: add --init_from_teacher."
-                )
         if self.lora_r < 0:
             raise ValueError(f"lora_r must not be negative, got {self.lora_r}: 0 trains the whole backbone.")
+        self._refuse(
+            "layers lora_r", not self.init_from_teacher, "is about a teacher's backbone: add init_from_teacher"
+        )
+        self._refuse(NEW_BACKBONE, self.init_from_teacher, "is about a new backbone: drop it, or init_from_teacher")
+        self._refuse("lora_alpha lora_dropout", not self.lora_r, "is about LoRA: add lora_r")
+        self._refuse(ENERGY_HEAD, self.head_type != "energy", "is about an energy head: add head_type energy")
+        parallel = self.decoder_type == "parallel"
+        self._refuse(OWN_DECODER, parallel, "is about an autoregressive decoder, decoder_type is parallel: drop it")
         if self.layers is not None and not all(part.strip().isdigit() for part in self.layers.split(",")):
             raise ValueError(f"layers must read like 0,2,4, got {self.layers!r}.")
 
+    def _refuse(self, names: str, means_nothing: bool, message: str) -> None:
+        for name in names.split() if means_nothing else ():
+            if getattr(self, name):
+                raise ValueError(f"{name} ({getattr(self, name)}) {message}.")
+
     def config_kwargs(self) -> dict:
-        """The fields of `LatentForgeConfig` that are given here."""
-        names = (
-            "input_mode decoder_type train_decoder num_decoder_layers decoder_hidden_size decoder_intermediate_size "
-            "decoder_num_heads decoder_window decoder_memory decoder_output_size"
-        )
-        kwargs = {name: getattr(self, name) for name in names.split()}
-        tie = self.tie_word_embeddings
-        if tie is not None:  # the default is the config's, or a teacher's own
-            kwargs["tie_word_embeddings"] = tie
-        kwargs["head_config"] = {"head_type": self.head_type, "num_layers": self.num_head_layers}
+        """The fields of `LatentForgeConfig` that are given here; what is None has the config's default."""
+        names = f"input_mode decoder_type train_decoder embedding_multiplier {OWN_DECODER}".split()
+        kwargs = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        head = {name: getattr(self, name) for name in ENERGY_HEAD.split() if getattr(self, name) is not None}
+        kwargs["head_config"] = {"head_type": self.head_type, "num_layers": self.num_head_layers, **head}
         return kwargs
+
+
+# fields that mean something only where there is a new backbone, an energy head, a decoder of the student's own
+NEW_BACKBONE = "architecture hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size"
+ENERGY_HEAD = "noise_size num_samples num_targets exponent"
+OWN_DECODER = (
+    "num_decoder_layers decoder_hidden_size decoder_intermediate_size decoder_num_heads decoder_window "
+    "decoder_conv_size decoder_memory decoder_output_size tie_word_embeddings"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Parse, build, train, evaluate, save; returns the final metrics."""
     from transformers import AutoTokenizer, set_seed
 
-    from modeling_latentforge import LatentForgeAutoencoder
     from trainers import DataArguments, KDConfig, KDTrainer, PatchCollator, load_blocks, parse_arguments
     from trainers.teachers import HFTeacher, check_vocabulary
 
@@ -114,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     print(training_args.describe_process(), flush=True)
     tokenizer = AutoTokenizer.from_pretrained(student_args.autoencoder)
-    codec = LatentForgeAutoencoder.from_pretrained(student_args.autoencoder)
+    codec = load_codec(student_args.autoencoder)
     if len(tokenizer) > codec.config.vocab_size:
         raise ValueError(
             f"The tokenizer in {student_args.autoencoder} has {len(tokenizer)} ids, the codec "
@@ -142,8 +165,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         data_collator=PatchCollator(codec.config.patch_size),
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=training_args.checkpoint())
-    metrics = trainer.evaluate()
+    owner = trainer.teacher_callback
+    if owner is not None:
+        owner.close_after_training = False  # the evaluation below asks it too
+    try:
+        trainer.train(resume_from_checkpoint=training_args.checkpoint())
+        metrics = trainer.evaluate()
+    finally:
+        if owner is not None:
+            owner.close()
     if student_args.lora_r:
         merge_adapter(model, training_args.output_dir if trainer.is_world_process_zero() else None)
     trainer.save_model()
@@ -155,6 +185,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     return metrics
 
 
+def load_codec(path: str):
+    """The codec of a directory or Hub id; a student's own is taken out of it.
+
+    Raises:
+        ValueError: another kind of model.
+    """
+    from transformers import AutoConfig
+
+    from modeling_latentforge import LatentForgeAutoencoder
+
+    model_type = AutoConfig.from_pretrained(path).model_type
+    if model_type not in ("latentforge_autoencoder", "latentforge"):
+        raise ValueError(
+            f"autoencoder ({path}) holds a {model_type} model, no codec: train one with train_autoencoder.py."
+        )
+    return LatentForgeAutoencoder.from_pretrained(path)
+
+
 def build_student(student_args: StudentArguments, codec, block_size: int):
     """A new backbone, or the teacher's, around `codec`; with `lora_r`, wrapped."""
     from transformers import AutoConfig
@@ -162,18 +210,20 @@ def build_student(student_args: StudentArguments, codec, block_size: int):
     from modeling_latentforge import LatentForgeForCausalLM
 
     if not student_args.init_from_teacher:
+        hidden_size, heads = student_args.hidden_size or 768, student_args.num_attention_heads or 12
+        architecture = student_args.architecture or "llama"
         backbone = {
-            "hidden_size": student_args.hidden_size,
-            "num_hidden_layers": student_args.num_hidden_layers,
-            "num_attention_heads": student_args.num_attention_heads,
-            "intermediate_size": student_args.intermediate_size,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": student_args.num_hidden_layers or 12,
+            "num_attention_heads": heads,
+            "intermediate_size": student_args.intermediate_size or 2048,
             "max_position_embeddings": max(2048, block_size // codec.config.patch_size),
             "vocab_size": codec.config.vocab_size,
         }
-        if student_args.architecture != "gpt_neox":
-            backbone["num_key_value_heads"] = student_args.num_key_value_heads or student_args.num_attention_heads
-            backbone["head_dim"] = student_args.hidden_size // student_args.num_attention_heads
-        backbone_config = AutoConfig.for_model(student_args.architecture, **backbone)
+        if architecture != "gpt_neox":
+            backbone["num_key_value_heads"] = student_args.num_key_value_heads or heads
+            backbone["head_dim"] = hidden_size // heads
+        backbone_config = AutoConfig.for_model(architecture, **backbone)
         return LatentForgeForCausalLM.from_autoencoder(codec, backbone_config, **student_args.config_kwargs())
 
     layers = None if student_args.layers is None else [int(layer) for layer in student_args.layers.split(",")]
@@ -191,7 +241,7 @@ def build_student(student_args: StudentArguments, codec, block_size: int):
         lora = LoraConfig(
             r=student_args.lora_r,
             lora_alpha=alpha,
-            lora_dropout=student_args.lora_dropout,
+            lora_dropout=student_args.lora_dropout or 0.0,
             target_modules="all-linear",
         )
         model.model.backbone = get_peft_model(model.model.backbone, lora)

@@ -22,10 +22,19 @@ IGNORE_INDEX = -100
 
 @dataclass
 class LatentTrainingConfig(TrainingArguments):
-    """`TrainingArguments` with the defaults that our models need."""
+    """`TrainingArguments` with the defaults that our models need.
+
+    Raises:
+        ValueError: `label_smoothing_factor`: the losses are the models' own.
+    """
 
     def __post_init__(self):
         args: Any = self
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor ({args.label_smoothing_factor}) is not possible: the loss is made in pieces "
+                "by the model and never has whole logits. Set it to 0."
+            )
         # without it the order of the data derives from torch.initial_seed() at the moment the loader is built: a
         # resumed run may see other batches
         if args.data_seed is None:

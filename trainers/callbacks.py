@@ -27,12 +27,17 @@ class TeacherCallback(TrainerCallback):
         prefetch: batches whose signal one thread computes ahead of the training. The signals are the same, and so is
             the result; it pays where the teacher waits for a network. A local model would only fight the student for
             the same cores.
+
+    Attributes:
+        close_after_training: set to False where an evaluation after the training asks the teacher too; then the caller
+            closes.
     """
 
     def __init__(self, teacher: Teacher, prefetch: int = 0):
         self.teacher = teacher
         self.prefetch = prefetch
         self.closed = False
+        self.close_after_training = True
         self._worker: ThreadPoolExecutor | None = None
         self._pending: set[Future[TeacherSignal]] = set()
 
@@ -55,7 +60,9 @@ class TeacherCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.close()
+        self.drain()
+        if self.close_after_training:
+            self.close()
 
     def on_train_failed(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -280,7 +280,7 @@ class _Files:
                     continue
                 try:
                     row = json.loads(line.decode("utf-8-sig"))
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                except (ValueError, RecursionError) as error:  # also no UTF-8, endless numbers, deep nesting
                     raise ValueError(f"{path}:{number}: not a line of JSON ({error})") from error
                 if not isinstance(row, dict) or self.text_field not in row:
                     found = f"fields {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
@@ -291,6 +291,12 @@ class _Files:
                         f"{path}:{number}: field {self.text_field!r} must be a string, got {text!r:.60}: "
                         "mend the line or set text_field"
                     )
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:  # JSON may name half an emoji
+                    raise ValueError(
+                        f"{path}:{number}: field {self.text_field!r} cannot be written as UTF-8 ({error}): mend it"
+                    ) from error
                 yield from _non_empty(text)
 
 
@@ -398,7 +404,7 @@ def _standard_library(text_field: str) -> _Files:
 
 
 def _is_jsonl(path: str) -> bool:
-    return path.endswith((".jsonl", ".ndjson"))
+    return path.lower().endswith((".jsonl", ".ndjson"))
 
 
 def _non_empty(text: str) -> Iterator[str]:

@@ -18,7 +18,8 @@ class KDTrainer(LatentTrainer):
 
     `loss = ce_weight * ce + kd_weight * kd + mse_weight * mse + energy_weight * energy`; the log names the parts.
     Evaluation adds `eval_nll`, nats per predicted token (an energy head reads the centre of its noise). Once training
-    has ended the teacher is closed: a later `evaluate` leaves out `eval_kd`, and `eval_loss` with it.
+    has ended the teacher is closed, unless its callback's `close_after_training` is False: a later `evaluate` leaves
+    out `eval_kd`, and `eval_loss` with it.
 
     Args:
         teacher: gives [`TeacherSignal`]s; owned, checked and closed by a [`TeacherCallback`] (pass your own in

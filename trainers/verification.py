@@ -52,6 +52,7 @@ class Context:
         work_dir: this row's own folder; it stays, so that a long row can resume its trainings. Empty after `--fresh`.
         shared_dir: the topic's folder, for what several rows need.
         say: prints one line of progress.
+        fresh: nothing that was kept counts, in `shared_dir` and in the repository neither.
     """
 
     topic: str
@@ -59,6 +60,7 @@ class Context:
     work_dir: Path
     shared_dir: Path
     say: Callable[[str], None]
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ def _measure(
     }
     start = time.perf_counter()
     try:
-        measured = row.measure(Context(topic, row.name, own, shared, lambda line: say(f"[{row.name}] {line}")))
+        measured = row.measure(Context(topic, row.name, own, shared, lambda line: say(f"[{row.name}] {line}"), fresh))
         record |= asdict(measured)
         record["verdict"] = "passed" if measured.passed else "falls short"
         json.dumps(record)  # what is no JSON must fail here, where it is one row's fault

@@ -152,6 +152,35 @@ def test_a_prompt_of_only_eos_starts_a_text():
     assert out.shape == (1, 12)
 
 
+@pytest.mark.parametrize("decoder", ["autoregressive", "parallel"])
+def test_a_row_of_nothing_but_padding_is_refused_by_its_number(decoder):
+    """An empty line in a batch of prompts must be found by whoever sent it."""
+    ids, mask = text_batch(2, 6), torch.ones(2, 6, dtype=torch.long)
+    mask[1] = 0
+    with pytest.raises(ValueError, match=r"Rows \[1\] of the prompts"):
+        tiny_student(decoder=decoder).generate(ids, attention_mask=mask, max_new_tokens=3)
+
+
+def test_logits_of_chosen_places():
+    """Tools that score answers ask for the places of the answer only."""
+    student, ids = tiny_student(), text_batch(1, 12)
+    places = torch.tensor([3, 7, 8])
+    torch.testing.assert_close(student(ids, logits_to_keep=places).logits, student(ids).logits[:, places])
+    cache = student(ids[:, :6], use_cache=True).past_key_values
+    kept = student(ids[:, 6:], past_key_values=cache, logits_to_keep=2).logits
+    torch.testing.assert_close(kept, student(ids).logits[:, -2:], rtol=0, atol=1e-4)
+
+
+def test_generating_in_inference_mode_leaves_no_trace():
+    """The table of angles that generation keeps must still take part in a step with gradients."""
+    student, ids = tiny_student(), text_batch(1, 8)
+    with torch.inference_mode():
+        student.generate(ids, max_new_tokens=3)
+    with torch.enable_grad():
+        cache = student(ids, use_cache=True).past_key_values
+        student(ids[:, :1], past_key_values=cache).logits.sum().backward()
+
+
 def test_labels_beside_a_filled_cache_are_refused():
     """The loss would be that of the new tokens without what stands before them."""
     student, ids = tiny_student(), text_batch(1, 12)

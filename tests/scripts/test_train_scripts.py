@@ -54,9 +54,9 @@ def test_codec_script_saves_a_codec_that_loads_with_its_tokenizer(room, tmp_path
 @pytest.mark.parametrize(
     "shape",
     [
-        "--architecture qwen3 --decoder_window 6 --decoder_memory none --decoder_output_size 16",
+        "--architecture qwen3 --decoder_window 6 --decoder_memory none --decoder_output_size 16 --decoder_conv_size 2",
         "--architecture gpt_neox --decoder_type parallel --train_decoder --mse_weight 1",
-        "--head_type energy --input_mode latents",
+        "--head_type energy --input_mode latents --num_samples 3 --exponent 0.5 --embedding_multiplier 2.0",
     ],
 )
 def test_student_script_builds_what_the_flags_say(room, tmp_path, shape):
@@ -68,13 +68,14 @@ def test_student_script_builds_what_the_flags_say(room, tmp_path, shape):
         name = flag.removeprefix("--")
         if name == "architecture":
             assert model.config.backbone_config.model_type == value
-        elif name == "head_type":
-            assert model.config.head_config.head_type == value
+        elif flag.startswith("--") and hasattr(model.config.head_config, name):
+            assert str(getattr(model.config.head_config, name)) == value
         elif flag.startswith("--") and hasattr(model.config, name):
             assert str(getattr(model.config, name)) == ("True" if value.startswith("--") else value)
     assert len(AutoTokenizer.from_pretrained(tmp_path)) == 258
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     assert all("kd" in entry for entry in log if "loss" in entry)
+    assert {"eval_kd", "eval_loss"} <= set(json.loads((tmp_path / "eval_results.json").read_text()))
 
 
 def test_lora_on_the_teachers_layers_is_merged_and_kept(room, tmp_path):
@@ -106,6 +107,9 @@ def test_training_resumes_inside_a_lora_run(room, tmp_path):
         f"--teacher {room}/teacher --init_from_teacher --lora_r 2 --kd_weight 0 --save_strategy steps --save_steps 2"
     )
     whole = train_student.main(student_flags(room, tmp_path, more))
+    # such a checkpoint is no model: its backbone's weights have other names, and random ones would take their place
+    with pytest.raises(ValueError, match="no complete LatentForgeForCausalLM.*backbone"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
     (tmp_path / "model.safetensors").unlink()
     resumed = train_student.main(
         student_flags(room, tmp_path, f"{more} --resume_from_checkpoint {tmp_path}/checkpoint-2")
@@ -117,8 +121,13 @@ def test_training_resumes_inside_a_lora_run(room, tmp_path):
     ("flags", "message"),
     [
         ("--init_from_teacher", "init_from_teacher is set but there is no teacher"),
-        ("--lora_r 4", "lora_r .4. is about a pretrained backbone"),
-        ("--layers 0,2", "layers .0,2. is about a pretrained backbone"),
+        ("--lora_r 4", "lora_r .4. is about a teacher's backbone"),
+        ("--layers 0,2", "layers .0,2. is about a teacher's backbone"),
+        ("--teacher x --init_from_teacher --num_hidden_layers 9", "num_hidden_layers .9. is about a new backbone"),
+        ("--lora_alpha 3", "lora_alpha .3.0. is about LoRA: add lora_r"),
+        ("--num_samples 3", "num_samples .3. is about an energy head"),
+        ("--decoder_type parallel --decoder_window 16", "decoder_window .16. is about an autoregressive decoder"),
+        ("--label_smoothing_factor 0.1", "label_smoothing_factor .0.1. is not possible"),
         ("--kd_wieght 1", "unknown flag --kd_wieght .did you mean --kd_weight"),
         ("--kd_weight -1", "kd_weight must not be negative, got -1"),
     ],
@@ -128,6 +137,13 @@ def test_flags_that_cannot_work_are_refused_at_once(room, tmp_path, capsys, flag
     with pytest.raises(SystemExit):
         train_student.main(student_flags(room, tmp_path, flags))
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_folder_that_holds_no_codec_is_refused(room, tmp_path):
+    """Any model with as many ids would do for a codec with random weights, and the loss would fall all the same."""
+    with pytest.raises(ValueError, match="holds a llama model, no codec"):
+        train_student.load_codec(str(room / "teacher"))
+    assert train_student.load_codec(str(room / "codec")).config.patch_size == 4
 
 
 def test_teacher_of_another_tokenizer_is_refused(room, tmp_path):

@@ -286,6 +286,9 @@ def test_explicit_held_out_text_leaves_the_training_text_whole(texts, tokenizer,
         ('{"body": "x", "id": 1}', r":3: no field 'text', found fields \['body', 'id'\]: set text_field"),
         ('{"text": 17}', ":3: field 'text' must be a string, got 17"),
         ("[1]", ":3: no field 'text', found a list"),
+        ('{"text": "half an emoji \\ud83d"}', ":3: field 'text' cannot be written as UTF-8"),
+        ('{"text": "x", "id": ' + "9" * 5000 + "}", ":3: not a line of JSON"),
+        ("[" * 100_000, ":3: not a line of JSON"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])

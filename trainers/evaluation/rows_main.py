@@ -31,7 +31,7 @@ from ..teachers.hf_teacher import HFTeacher
 from ..verification import ROOT, Context, Measured, Row
 from .exactness import cached_error, exactness
 from .reconstruction import reconstruction_accuracy
-from .side_by_side import RECORDS, STUDENT, Run, SideBySide
+from .side_by_side import RECORDS, STUDENT, Run, SideBySide, training_code
 from .speed import generation_speed
 
 
@@ -54,6 +54,9 @@ def demo_folder(context: Context) -> Path:
     folder = context.shared_dir / "demo" / "clone" / "runs" / "demo"
     if not (folder / "report" / "report.json").exists():
         raise FileNotFoundError(f"{folder} holds no finished demo: run the row `demo` first")
+    stamp = context.shared_dir / "demo" / "code"
+    if not stamp.exists() or stamp.read_text() != training_code():
+        raise FileNotFoundError(f"the demo in {folder} was trained by other code: run the row `demo` first")
     return folder
 
 
@@ -63,6 +66,7 @@ def demo(context: Context) -> Measured:
         raise RuntimeError("the working tree has changes that a clone would not see: commit them first")
     for name in ("clone", "datasets"):
         shutil.rmtree(context.work_dir / name, ignore_errors=True)
+    (context.work_dir / "code").write_text(training_code())
     clone = context.work_dir / "clone"
     subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
     # the environment that runs this is installed already; the clone's code comes before the installed one
@@ -146,20 +150,20 @@ def large_speed(context: Context) -> Measured:
 
 
 def books_codec(context: Context) -> Measured:
-    """`scripts/train_autoencoder.py` for twenty minutes of training, resumed where it was stopped."""
+    """`scripts/train_autoencoder.py` for twenty minutes of training in one piece: one that was stopped begins anew."""
     tokenizer = SideBySide(context.work_dir, **books(), vocab_size=8192, num_tokens=2**20, say=context.say).tokenizer
     tokenizer.save_pretrained(context.work_dir / "tokenizer")
     output = context.work_dir / "autoencoder"
-    log = output / "trainer_state.json"
-    if not log.exists():
+    log, stamp = output / "trainer_state.json", context.work_dir / "code"
+    if not log.exists() or not stamp.exists() or stamp.read_text() != training_code():
+        shutil.rmtree(output, ignore_errors=True)
+        stamp.write_text(training_code())
         flags = {
             "config": str(ROOT / "scripts" / "configs" / "verify_books_codec.yaml"),
             **books(),
             "tokenizer": str(context.work_dir / "tokenizer"),
             "output_dir": str(output),
         }
-        if list(output.glob("checkpoint-*")):
-            flags["resume_from_checkpoint"] = "true"
         words = [word for name, value in flags.items() for word in (f"--{name}", value)]
         subprocess.run([sys.executable, str(ROOT / "scripts" / "train_autoencoder.py"), *words], check=True)
     codec = AutoModel.from_pretrained(output).eval()
@@ -389,6 +393,7 @@ def student_against_token_lm(patch_size: int, limit: float) -> Callable[[Context
             num_tokens=5 * 10**6,
             say=context.say,
             records_dir=RECORDS,
+            fresh=context.fresh,
         )
 
         def best_of_three(run: Callable[[float, int], Run]) -> dict[str, Any]:
@@ -416,6 +421,7 @@ def student_against_token_lm(patch_size: int, limit: float) -> Callable[[Context
         edges = [name for name, side in (("token LM", token_lm), ("student", taught)) if side["at_the_grid_s_edge"]]
         if edges:
             figure += f"; best rate at the grid's edge: {', '.join(edges)}"
+        figure += table.provenance()
         return Measured(figure, gap <= limit, {"token_lm": token_lm, "student_kd": taught, "student": without})
 
     return measure
@@ -432,6 +438,7 @@ def context_share(patch_size: int, target: float) -> Callable[[Context], Measure
             block_size=1024,
             say=context.say,
             records_dir=RECORDS,
+            fresh=context.fresh,
         )
         # the best of two rates for each: a badly tuned decoder would make the context's worth and the share too large
         tried = {"token_lm": [Run("token_lm", rate) for rate in (2e-3, 4e-3)]} | {
@@ -447,6 +454,7 @@ def context_share(patch_size: int, target: float) -> Callable[[Context], Measure
         hurt = results["student"]["nll_shuffled"] - nll["student"]
         share = gained / worth if worth > 0 else math.nan
         figure = f"{share:.0%} of {worth:.3f} nats; shuffled latents cost {hurt:.3f}, the right ones gave {gained:.3f}"
+        figure += table.provenance()
         details = {name: result["nll_by_context"] for name, result in results.items()} | {
             "nll": nll,
             "shuffled_costs": hurt,

@@ -28,7 +28,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
-from modeling_latentforge import LatentForgeAutoencoder, LatentForgeAutoencoderConfig, LatentForgeForCausalLM
+from modeling_latentforge import (
+    LatentForgeAutoencoder,
+    LatentForgeAutoencoderConfig,
+    LatentForgeConfig,
+    LatentForgeForCausalLM,
+)
 
 from ..ae_config import AEConfig
 from ..ae_trainer import AETrainer
@@ -36,7 +41,7 @@ from ..data import DataArguments, PatchCollator, load_blocks, load_texts
 from ..kd_config import KDConfig
 from ..kd_trainer import KDTrainer
 from ..teachers.hf_teacher import HFTeacher
-from ..token_lm import TokenLMConfig, TokenLMTrainer, build_token_lm
+from ..token_lm import GRANITE, TokenLMConfig, TokenLMTrainer, build_token_lm
 from ..tokenizer import train_tokenizer
 
 
@@ -45,6 +50,12 @@ RECORDS = Path(__file__).parent.parent.parent / "docs" / "runs"
 # The student of every comparison, as the tables of docs/experiments.md chose it; its decoder is as wide as the
 # backbone.
 STUDENT = {"decoder_type": "autoregressive", "num_decoder_layers": 1, "decoder_memory": "patches"}
+
+STUDENT_DEFAULTS = {
+    name: default
+    for name in LatentForgeConfig.__annotations__
+    if isinstance(default := getattr(LatentForgeConfig, name), (str, int, float))
+}
 
 # Context lengths, in tokens before the predicted one, at whose upper ends NLL is reported.
 CONTEXT_EDGES = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -114,6 +125,7 @@ class SideBySide:
         bf16: train in bf16 autocast (weights, optimizer and losses stay fp32); judged in fp32 either way.
         say: takes a line of progress.
         records_dir: figures of finished runs, in git; None: only `work_dir` counts.
+        fresh: delete what was kept of this comparison first.
     """
 
     work_dir: Path
@@ -131,16 +143,23 @@ class SideBySide:
     bf16: bool = True
     say: Callable[[str], None] = print
     records_dir: Path | None = None
+    fresh: bool = False
 
     def __post_init__(self) -> None:
-        shared = {name: value for name, value in vars(self).items() if name not in ("work_dir", "say", "records_dir")}
-        self.fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "say"}
+        own = ("work_dir", "say", "records_dir", "fresh")
+        shared = {name: value for name, value in vars(self).items() if name not in own}
+        self.fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("say", "fresh")}
         # where the text lies on this machine shapes nothing
         shared["data"], shared["eval_data"] = (_without_root(path) for path in (self.data, self.eval_data))
         self.shared = shared
         # tokenizer, codec and runs of another text or budget lie elsewhere
         self.work_dir = Path(self.work_dir) / _hash(shared)
+        if self.fresh:
+            shutil.rmtree(self.work_dir, ignore_errors=True)
+            if self.records_dir is not None:
+                shutil.rmtree(Path(self.records_dir) / self.work_dir.name, ignore_errors=True)
         self.work_dir.mkdir(parents=True, exist_ok=True)
+        self._of_other_code: dict[str, bool] = {}
         training_code()  # files may change while a long table trains
         self._blocks: tuple[Any, Any] | None = None
         self._tokenizer: Any = None
@@ -176,7 +195,17 @@ class SideBySide:
 
     def _portable(self, run: Run) -> dict[str, Any]:
         codec = run.autoencoder and Path(run.autoencoder).name  # it lies in `work_dir`
-        return asdict(run) | {"autoencoder": codec}
+        # what a run leaves open is part of what it was: a new default makes a new run
+        defaults = GRANITE if run.kind == "token_lm" else STUDENT_DEFAULTS
+        teacher = run.teacher and self._portable(run.teacher)
+        return asdict(run) | {"autoencoder": codec, "student": {**defaults, **run.student}, "teacher": teacher}
+
+    def provenance(self) -> str:
+        """What a figure made of these runs must say about them, to be put behind it."""
+        old = sum(self._of_other_code.values())
+        return (
+            f"; {old} of {len(self._of_other_code)} runs were trained by an earlier state of the code" if old else ""
+        )
 
     def codec(self, patch_size: int) -> str:
         """Directory of a codec of `latent_size` 32 K, trained once, on this text."""
@@ -236,7 +265,7 @@ class SideBySide:
         for path in self._result_files(run):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result, indent=1) + "\n")
-        result["code_changed"] = False
+        self._of_other_code[self.name(run)] = False
         self.say(f"{self.name(run)}: {result['nll']:.4f} nats/token, {result['seconds']:.0f} s")
         return result
 
@@ -250,7 +279,8 @@ class SideBySide:
         for path in self._result_files(run):
             if path.exists():
                 result = json.loads(path.read_text())
-                return result | {"code_changed": result["code"] != training_code()}
+                self._of_other_code[self.name(run)] = result["code"] != training_code()
+                return result
         return None
 
     def results(self, runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 import torch
 
 from tests.conftest import text_batch, tiny_student
+from trainers.evaluation import side_by_side
 from trainers.evaluation.side_by_side import DecoderAlone, Run, SideBySide, shuffled_context, token_nll
 
 
@@ -51,13 +52,29 @@ def test_runs_that_share_the_cores_are_the_runs_alone(tmp_path):
     assert abs(alone.result(runs[1])["nll"] - results[1]["nll"]) < 0.02
 
 
+def test_a_new_default_is_a_new_run_and_older_code_is_named(tmp_path, monkeypatch):
+    """A table that mixes models of two designs, and says nothing, answers no question."""
+    table = _table(tmp_path, num_tokens=512, records_dir=tmp_path / "records")
+    run = Run("student", 5e-3, 0, 4, {"decoder_hidden_size": 64, "decoder_num_heads": 1})
+    explicit = Run("student", 5e-3, 0, 4, {**run.student, "decoder_conv_size": 4})
+    other = Run("student", 5e-3, 0, 4, {**run.student, "decoder_conv_size": 1})
+    assert table.name(run) == table.name(explicit) != table.name(other)
+    table.result(run)
+    assert table.provenance() == ""
+    monkeypatch.setattr(side_by_side, "training_code", lambda: "another")
+    table.result(run)
+    assert table.provenance() == "; 1 of 1 runs were trained by an earlier state of the code"
+    fresh = _table(tmp_path, num_tokens=512, records_dir=tmp_path / "records", fresh=True)
+    assert fresh._known(run) is None
+
+
 def test_the_bare_decoder_sees_nothing_before_its_window():
     """The context share divides by its NLL: a leak makes every student look bad, a narrow window good."""
     student = tiny_student(num_decoder_layers=1, decoder_window=4)
     student.__class__ = DecoderAlone
     ids = text_batch(1, 16)
     changed = ids.clone()
-    changed[0, :12] = 0
+    changed[0, :9] = 0  # four keys, the first of which mixes in three tokens before it: 9 .. 15
     difference = (student(ids).logits - student(changed).logits).abs().amax(-1)[0]
     assert difference[15] == 0 and difference[14] > 0
 
