@@ -1,7 +1,7 @@
-"""Answer a question of docs/experiments.md: train its variants side by side and print their table.
+"""Answer questions of docs/experiments.md: train their variants side by side and print their tables.
 
     python scripts/experiment.py --name decoder_window
-    python scripts/experiment.py --name parallel_head --patch_size 4 --seeds 0 1
+    python scripts/experiment.py --name parallel_head input_mode --patch_size 4 --seeds 0 1
 
 Trained runs are kept in --work_dir and not trained again; a stopped run goes on from its last checkpoint.
 """
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 @dataclass
 class ExperimentArguments:
-    """The question, and the text and budget that its variants share."""
+    """The questions, and the text and budget that their variants share."""
 
-    name: str = field(metadata={"help": "Which experiment; an unknown one names those there are."})
+    name: list[str] = field(metadata={"help": "Which experiments; an unknown one names those there are."})
     data: str = field(default="builtin:python", metadata={"help": "As in the training scripts."})
     eval_data: str | None = field(default=None, metadata={"help": "Held-out text; default: a part of data."})
     vocab_size: int = field(default=4096, metadata={"help": "Entries of the tokenizer that is trained on data."})
@@ -30,16 +30,17 @@ class ExperimentArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> str:
-    """Parse, train, judge, print; returns the table."""
+    """Parse, train, judge, print; returns the tables."""
     from pathlib import Path
 
     from trainers.arguments import parse_arguments
-    from trainers.evaluation.experiments import EXPERIMENTS, answer
+    from trainers.evaluation.experiments import EXPERIMENTS, answer, runs
     from trainers.evaluation.side_by_side import RECORDS, SideBySide
 
     (arguments,) = parse_arguments(ExperimentArguments, argv=argv, description=__doc__)
-    if arguments.name not in EXPERIMENTS:
-        raise SystemExit(f"unknown experiment {arguments.name!r}: known are {', '.join(EXPERIMENTS)}")
+    for name in arguments.name:
+        if name not in EXPERIMENTS:
+            raise SystemExit(f"unknown experiment {name!r}: known are {', '.join(EXPERIMENTS)}")
     table = SideBySide(
         Path(arguments.work_dir),
         arguments.data,
@@ -51,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> str:
         num_hidden_layers=arguments.num_hidden_layers,
         records_dir=RECORDS if arguments.records else None,
     )
-    text = answer(arguments.name, table, arguments.patch_size, arguments.learning_rate, arguments.seeds)
+    setting = (table, arguments.patch_size, arguments.learning_rate, arguments.seeds)
+    # all at once: the cores stay busy, and a run that two questions ask for is trained once
+    table.results([run for name in arguments.name for variant in runs(name, *setting).values() for run in variant])
+    text = "\n\n".join(answer(name, *setting) for name in arguments.name)
     print(text)
     return text
 

@@ -116,10 +116,10 @@ EXPERIMENTS = {
 }
 
 
-def answer(
+def runs(
     name: str, table: SideBySide, patch_size: int = 8, learning_rate: float = 2e-3, seeds: Sequence[int] = (0,)
-) -> str:
-    """Train what is missing and return the experiment's table in Markdown: mean over seeds, and their range.
+) -> dict[str, list[Run]]:
+    """Variant -> its runs, one a seed.
 
     Raises:
         ValueError: an unknown experiment.
@@ -128,26 +128,34 @@ def answer(
         raise ValueError(f"unknown experiment {name!r}: known are {', '.join(EXPERIMENTS)}")
     experiment = EXPERIMENTS[name]
     codec = table.codec(patch_size) if experiment.needs_codec else None
+    bases = [Run("student", learning_rate, seed, patch_size, dict(STUDENT), autoencoder=codec) for seed in seeds]
+    return {variant: [change(base) for base in bases] for variant, change in experiment.variants.items()}
+
+
+def answer(
+    name: str, table: SideBySide, patch_size: int = 8, learning_rate: float = 2e-3, seeds: Sequence[int] = (0,)
+) -> str:
+    """Train what is missing and return the experiment's table in Markdown: mean over seeds, and their range.
+
+    Raises:
+        ValueError: an unknown experiment.
+    """
+    variants = runs(name, table, patch_size, learning_rate, seeds)
+    experiment = EXPERIMENTS[name]
     rows: list[list[str]] = []
     columns: list[str] = []
-
-    def run_of(change: Callable[[Run], Run], seed: int) -> Run:
-        return change(Run("student", learning_rate, seed, patch_size, dict(STUDENT), autoencoder=codec))
-
-    table.results([run_of(change, seed) for change in experiment.variants.values() for seed in seeds])
-    for variant, change in experiment.variants.items():
+    table.results([run for of_variant in variants.values() for run in of_variant])
+    for variant, of_variant in variants.items():
         figures: dict[str, list[float]] = {}
-        for seed in seeds:
-            run = run_of(change, seed)
+        for run in of_variant:
             for column, value in experiment.judge(table, run).items():
                 figures.setdefault(column, []).append(value)
             figures.setdefault("training, s", []).append(table.result(run)["seconds"])
         columns = list(figures)
         rows.append([variant, *(_cell(column, values) for column, values in figures.items())])
     lines = [["", *columns], ["---"] * (len(columns) + 1), *rows]
-    return f"{experiment.question}\n\n{_setting(table, patch_size, learning_rate, seeds)}\n\n" + "\n".join(
-        "| " + " | ".join(line) + " |" for line in lines
-    )
+    setting = _setting(table, patch_size, learning_rate, seeds) + table.provenance()
+    return f"{experiment.question}\n\n{setting}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _setting(table: SideBySide, patch_size: int, learning_rate: float, seeds: Sequence[int]) -> str:
