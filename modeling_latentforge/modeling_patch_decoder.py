@@ -79,7 +79,7 @@ class LatentForgeShortConvolution(nn.Module):
         """`(B, T, E)` -> the same, and the inputs with the S - 1 zeros before them `(B, S - 1 + T, E)`."""
         length = x.shape[1]
         inputs = nn.functional.pad(x, (0, 0, self.size - 1, 0))
-        # shifted products: several times faster on a CPU than a depthwise Conv1d on the transposed tensor
+        # shifted products: 1.3 to 2 times faster on a CPU than a depthwise Conv1d, which wants (B, E, T) (measured)
         for tap in range(self.size):
             x = torch.addcmul(x, inputs[:, tap : tap + length], self.weight[tap].to(x.dtype))
         return x, inputs

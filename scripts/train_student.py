@@ -104,8 +104,9 @@ class StudentArguments:
 
     def _refuse(self, names: str, means_nothing: bool, message: str) -> None:
         for name in names.split() if means_nothing else ():
-            if getattr(self, name):
-                raise ValueError(f"{name} ({getattr(self, name)}) {message}.")
+            value = getattr(self, name)
+            if value is not None and (name, value) != ("lora_r", 0):  # its default
+                raise ValueError(f"{name} ({value}) {message}.")
 
     def config_kwargs(self) -> dict:
         """The fields of `LatentForgeConfig` that are given here; what is None has the config's default."""
@@ -118,6 +119,7 @@ class StudentArguments:
 
 # fields that mean something only where there is a new backbone, an energy head, a decoder of the student's own
 NEW_BACKBONE = "architecture hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size"
+BACKBONE_SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048}
 ENERGY_HEAD = "noise_size num_samples num_targets exponent"
 OWN_DECODER = (
     "num_decoder_layers decoder_hidden_size decoder_intermediate_size decoder_num_heads decoder_window "
@@ -210,13 +212,15 @@ def build_student(student_args: StudentArguments, codec, block_size: int):
     from modeling_latentforge import LatentForgeForCausalLM
 
     if not student_args.init_from_teacher:
-        hidden_size, heads = student_args.hidden_size or 768, student_args.num_attention_heads or 12
         architecture = student_args.architecture or "llama"
+        sizes = {name: getattr(student_args, name) for name in BACKBONE_SIZES}
+        sizes = {name: BACKBONE_SIZES[name] if size is None else size for name, size in sizes.items()}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
+        hidden_size, heads = sizes["hidden_size"], sizes["num_attention_heads"]
         backbone = {
-            "hidden_size": hidden_size,
-            "num_hidden_layers": student_args.num_hidden_layers or 12,
-            "num_attention_heads": heads,
-            "intermediate_size": student_args.intermediate_size or 2048,
+            **sizes,
             "max_position_embeddings": max(2048, block_size // codec.config.patch_size),
             "vocab_size": codec.config.vocab_size,
         }

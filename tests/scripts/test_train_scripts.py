@@ -124,6 +124,7 @@ def test_training_resumes_inside_a_lora_run(room, tmp_path):
         ("--lora_r 4", "lora_r .4. is about a teacher's backbone"),
         ("--layers 0,2", "layers .0,2. is about a teacher's backbone"),
         ("--teacher x --init_from_teacher --num_hidden_layers 9", "num_hidden_layers .9. is about a new backbone"),
+        ("--decoder_type parallel --decoder_window 0", "decoder_window .0. is about an autoregressive decoder"),
         ("--lora_alpha 3", "lora_alpha .3.0. is about LoRA: add lora_r"),
         ("--num_samples 3", "num_samples .3. is about an energy head"),
         ("--decoder_type parallel --decoder_window 16", "decoder_window .16. is about an autoregressive decoder"),
@@ -137,6 +138,13 @@ def test_flags_that_cannot_work_are_refused_at_once(room, tmp_path, capsys, flag
     with pytest.raises(SystemExit):
         train_student.main(student_flags(room, tmp_path, flags))
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_backbone_of_size_zero_is_refused_and_not_replaced_by_the_default(room):
+    """A zero from a mistaken sweep would train the twelve-layer default under its name."""
+    arguments = train_student.StudentArguments(autoencoder="x", num_hidden_layers=0)
+    with pytest.raises(ValueError, match="num_hidden_layers must be at least 1, got 0"):
+        train_student.build_student(arguments, tiny_autoencoder(), 32)
 
 
 def test_a_folder_that_holds_no_codec_is_refused(room, tmp_path):

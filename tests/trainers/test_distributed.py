@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,12 @@ def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
     result = launch("accelerate.commands.launch --cpu --num_processes 1", *flags("one", 4))
     assert result.returncode == 0, result.stderr[-3000:]
     assert re.findall(r"process \d: world_size=(\d)", result.stdout) == ["1"]
-    result = launch("torch.distributed.run --standalone --nproc_per_node 2", *flags("two", 2))
+    # an address and not a name: --standalone looks the machine's own name up, and waits where nothing answers
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rendezvous = f"--nnodes 1 --node_rank 0 --master_addr 127.0.0.1 --master_port {port}"
+    result = launch(f"torch.distributed.run {rendezvous} --nproc_per_node 2", *flags("two", 2))
     assert result.returncode == 0, result.stderr[-3000:]
     processes = re.findall(r"process (\d): world_size=(\d) pid=(\d+)", result.stdout)
     assert sorted(rank for rank, _, _ in processes) == ["0", "1"]
