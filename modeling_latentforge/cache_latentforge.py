@@ -4,7 +4,9 @@ B batch, K tokens per patch, C conditions so far, W decoder window, h heads, d h
 vocabulary, S taps of the decoder's short convolution.
 """
 
+from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -28,11 +30,32 @@ class LatentForgeCache(Cache):
         memory: keys and values `(B, h, C, d)` of the conditions; `memory_mask (B, C)` or None.
         latent_embeds: `(B, 1, E)`, the latent of the patch being written.
         patch_logits: `(B, K, V)`, parallel decoders: all logits of the patch being written.
+
+    A token cannot be taken out of the fields above, since the last patch may be inside the backbone already. After
+    [`activate_past_recording`] the cache keeps the state before each token, and [`crop`] goes back to it.
     """
+
+    STATE = (
+        "seq_length",
+        "lengths",
+        "pending_ids",
+        "pending_mask",
+        "num_patches",
+        "patch_mask",
+        "recent",
+        "windows",
+        "window_mask",
+        "memory",
+        "memory_mask",
+        "latent_embeds",
+        "patch_logits",
+    )
+    MAX_RECORDED = 1024  # tokens; drafts are some ten long
 
     def __init__(self, backbone: Cache):
         super().__init__(layers=[])
         self.backbone = backbone
+        self.is_recording = False
         self._clear()
 
     def _clear(self) -> None:
@@ -49,6 +72,10 @@ class LatentForgeCache(Cache):
         self.memory_mask: torch.Tensor | None = None
         self.latent_embeds: torch.Tensor | None = None
         self.patch_logits: torch.Tensor | None = None
+        self._recorded: deque[tuple[dict[str, Any], int]] = deque(maxlen=self.MAX_RECORDED)
+        # of the prompt: refills the fields as they were some tokens earlier
+        self._refill_prompt: Callable[[int], None] | None = None
+        self._prompt_length = self._prompt_valid = 0  # tokens that it was, and of them those still in the cache
 
     @property
     def is_ragged(self) -> bool:
@@ -64,13 +91,58 @@ class LatentForgeCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        return False
+        return self.is_recording
+
+    def activate_past_recording(self) -> None:
+        """From now on keep what [`crop`] needs; transformers asks for it before it drafts."""
+        self.is_recording = True
+        self.backbone.activate_past_recording()
+
+    def record(self) -> None:
+        """Keep the state as it is, before another token is read."""
+        state = {name: getattr(self, name) for name in self.STATE}
+        for name in ("pending_ids", "pending_mask"):  # the only ones that a step writes into
+            state[name] = None if state[name] is None else state[name].clone()
+        self._recorded.append((state, int(self.backbone.get_seq_length())))
+
+    def record_prompt(self, refill: Callable[[int], None]) -> None:
+        """`refill(n)` fills the fields as they were after the prompt less its last n tokens."""
+        self._prompt_length = self._prompt_valid = self.seq_length
+        self._refill_prompt = refill
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError(
-            "A LatentForgeCache cannot be cropped: its last patch may already be inside the backbone. "
-            "Start from a new cache."
-        )
+        """Go back `-tokens_to_remove` tokens (negative, as in transformers), and keep no state from before.
+
+        Raises:
+            ValueError: a positive number, or more tokens than were recorded.
+        """
+        removed = -int(tokens_to_remove)
+        length = self.seq_length - removed
+        if removed < 0 or length < 0:
+            raise ValueError(
+                f"`crop({tokens_to_remove})` of a cache of {self.seq_length} tokens: pass how many to remove, as a "
+                f"number of -{self.seq_length} to 0."
+            )
+        if length == 0:
+            self.reset()
+            return
+        before = len(self._recorded) - removed
+        if removed and before >= 0:
+            state, slots = self._recorded[before]
+            for name, value in state.items():
+                setattr(self, name, value)
+            self.backbone.crop(slots - int(self.backbone.get_seq_length()))
+        elif removed:
+            if self._refill_prompt is None or length > self._prompt_valid:
+                raise ValueError(
+                    f"The cache has recorded its last {len(self._recorded)} tokens and cannot go back {removed}: call "
+                    "`activate_past_recording()` before its first token."
+                )
+            self._refill_prompt(self._prompt_length - length)
+        self._recorded.clear()
+        self._prompt_valid = min(self._prompt_valid, length)
+        if length > self._prompt_length:  # drafts only grow: what the refill holds is no longer needed
+            self._refill_prompt = None
 
     def reset(self) -> None:
         self.backbone.reset()

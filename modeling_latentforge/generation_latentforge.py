@@ -27,7 +27,9 @@ class LatentGenerationMixin(GenerationMixin):
         )
         cache = model_kwargs.get("past_key_values")
         if cache is not None and user_cache is None:
-            model_kwargs["past_key_values"] = LatentForgeCache(cache)
+            cache = model_kwargs["past_key_values"] = LatentForgeCache(cache)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()  # before this wrapper there was only the backbone's
         return result
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
@@ -37,6 +39,15 @@ class LatentGenerationMixin(GenerationMixin):
     def _beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         kwargs = self._with_grid(input_ids, generation_config, kwargs)
         return super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+
+    def _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        kwargs = self._with_grid(input_ids, generation_config, kwargs)
+        return super()._assisted_decoding(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+
+    def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
+        # LatentForge specific: another model knows no grid, and a student lays its own
+        model_kwargs = {name: x for name, x in model_kwargs.items() if name not in ("patch_offset", "sample_noise")}
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
     def _with_grid(self, input_ids, generation_config, kwargs: dict) -> dict:
         """LatentForge specific: what `forward` must be told at every token of one `generate`."""

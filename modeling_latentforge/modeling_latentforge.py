@@ -15,6 +15,7 @@ A parallel decoder makes the K logits of a patch at once, from the latent alone.
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -497,18 +498,20 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         if self.config.decoder_type == "autoregressive":
             latents = self.sample_latents(conditions, sample_noise)
             hidden, inputs, windows, memory = self.decoder(grid.input_ids, grid.mask, latents, conditions)
-            if cache is not None:
-                self._fill_cache(cache, grid, length, latents, inputs, windows, memory)
-        elif cache is not None and isinstance(logits_to_keep, int) and logits_to_keep == 1:
+            fill = partial(self._fill_cache, cache, grid, length, latents, inputs, windows, memory)
+        elif cache is not None and not cache.is_recording and isinstance(logits_to_keep, int) and logits_to_keep == 1:
             latents = self.sample_latents(conditions[:, -1:], sample_noise)
             hidden = None
-            self._fill_parallel_cache(cache, grid, length, self._decode_parallel(latents), patch_mask)
+            fill = partial(self._fill_parallel_cache, cache, grid, length, self._decode_parallel(latents), patch_mask)
         else:
             latents = self.sample_latents(conditions, sample_noise)
             vectors = self._decode_parallel(latents)
             hidden = vectors[:, 1 : grid.input_ids.shape[1] + 1]  # place t predicts token t + 1
-            if cache is not None:
-                self._fill_parallel_cache(cache, grid, length, vectors[:, -self.config.patch_size :], patch_mask)
+            fill = partial(self._fill_parallel_cache, cache, grid, length, vectors, patch_mask)
+        if cache is not None:
+            fill()
+            if cache.is_recording:
+                cache.record_prompt(fill)
 
         output = LatentForgeOutput(past_key_values=cache)
         if hidden is None:
@@ -616,11 +619,15 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         cache.pending_mask = None if grid.mask is None else grid.mask.gather(1, places)
         return counts
 
-    def _fill_cache(self, cache, grid, length, latents, inputs, windows, memory) -> None:
+    def _fill_cache(self, cache, grid, length, latents, inputs, windows, memory, removed: int = 0) -> None:
+        """`removed`: go back so many tokens from the end of the row that was read."""
         batch, device, patch_size = grid.input_ids.shape[0], grid.input_ids.device, self.config.patch_size
+        length -= removed
         lengths = (
             [length] * batch if isinstance(grid.shift, int) else [length - shift for shift in grid.shift.tolist()]
         )
+        if removed and min(lengths) < 1:
+            raise ValueError(f"Going back {removed} tokens leaves a row of nothing but padding.")
         counts = self._begin_cache(cache, grid, length, lengths)
         # `inputs` begins with S - 1 zeros: its places n .. n + S - 2 are the last inputs of a row of n tokens
         last = counts[:, None] + torch.arange(self.config.decoder_conv_size - 1, device=device)
@@ -632,11 +639,13 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 (key[:, :, max(0, lengths - keep) : lengths], value[:, :, max(0, lengths - keep) : lengths])
                 for key, value in windows
             ]
-            current = latents[:, lengths // patch_size, None]
+            num_patches = lengths // patch_size
+            current = latents[:, num_patches, None]
             if memory is not None:
-                cache.memory = tuple(x[:, :, : lengths // patch_size + 1] for x in memory)
+                cache.memory = tuple(x[:, :, : num_patches + 1] for x in memory)
         else:
             self._check_full_attention()
+            num_patches = latents.shape[1] - 1
             # the last W - 1 tokens of each row, right-aligned; shorter rows have gaps on the left
             places = counts[:, None] - keep + torch.arange(keep, device=device)  # (B, W - 1)
             cache.window_mask = places >= 0
@@ -645,12 +654,14 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 tuple(x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in pair) for pair in windows
             ]
             current = latents.gather(1, cache.num_patches[..., None].expand(-1, -1, latents.shape[-1]))
-            # rows with fewer patches have garbage in the backbone's last slots
+            # rows with fewer patches have garbage in the backbone's last slots, and so has a row that went back
             slots = torch.arange(latents.shape[1], device=device)
             cache.patch_mask = slots[:-1] < cache.num_patches
             if memory is not None:
                 cache.memory = memory
                 cache.memory_mask = slots <= cache.num_patches
+        if removed:
+            cache.backbone.crop(num_patches - int(cache.backbone.get_seq_length()))
         cache.latent_embeds = self.decoder.embed_latents(current)
 
     def _check_full_attention(self) -> None:
@@ -665,12 +676,18 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 "of one length without padding."
             )
 
-    def _fill_parallel_cache(self, cache, grid, length, vectors, patch_mask) -> None:
-        self._begin_cache(cache, grid, length, [grid.input_ids.shape[1]] * grid.input_ids.shape[0])
+    def _fill_parallel_cache(self, cache, grid, length, vectors, patch_mask, removed: int = 0) -> None:
+        """`vectors` of all patches or of the last; `removed`: go back so many tokens from the end of the row."""
+        patch_size, places = self.config.patch_size, grid.input_ids.shape[1] - removed
+        self._begin_cache(cache, grid, length - removed, [places] * grid.input_ids.shape[0])
+        num_patches = places // patch_size
         if patch_mask is not None:
-            cache.patch_mask = patch_mask
-            cache.num_patches = patch_mask.long().sum(1, keepdim=True)
-        cache.patch_logits = self.get_output_embeddings()(vectors)
+            cache.patch_mask = patch_mask[:, :num_patches]
+            cache.num_patches = cache.patch_mask.long().sum(1, keepdim=True)
+        if removed:
+            cache.backbone.crop(num_patches - int(cache.backbone.get_seq_length()))
+        first = num_patches * patch_size if vectors.shape[1] > patch_size else 0
+        cache.patch_logits = self.get_output_embeddings()(vectors[:, first : first + patch_size])
 
     def _forward_cached(self, input_ids, attention_mask, cache, logits_to_keep, sample_noise) -> LatentForgeOutput:
         mask = None
@@ -692,6 +709,8 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
     ) -> torch.Tensor:
         """One token of each row, `(B,)` -> logits `(B, 1, V)`."""
         patch_size = self.config.patch_size
+        if cache.is_recording:
+            cache.record()
         if mask is not None:
             token = token.masked_fill(~mask, self._filler)
             if cache.pending_mask is None:
