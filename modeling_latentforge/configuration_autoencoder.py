@@ -1,7 +1,22 @@
 """Configuration of the codec: K tokens -> 1 latent and back."""
 
+import difflib
+from collections.abc import Iterable, Mapping
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+
+def refuse_misspelt(kwargs: Mapping[str, object], fields: Iterable[str]) -> None:
+    """transformers keeps every key that a config does not know, and a misspelt field would keep its default, silently.
+
+    Raises:
+        ValueError: a key that is nearly a field.
+    """
+    for name in kwargs:
+        meant = [] if hasattr(PreTrainedConfig, name) else difflib.get_close_matches(name, list(fields), 1, 0.85)
+        if meant:
+            raise ValueError(f"The config has no field `{name}` (value {kwargs[name]!r}): did you mean `{meant[0]}`?")
 
 
 @strict
@@ -23,7 +38,7 @@ class LatentForgeAutoencoderConfig(PreTrainedConfig):
         tie_word_embeddings: the output matrix is the embedding matrix.
 
     Raises:
-        ValueError: a size below 1, a dropout outside [0, 1), a negative weight.
+        ValueError: a size below 1, a dropout outside [0, 1), a negative weight, a misspelt field.
     """
 
     model_type = "latentforge_autoencoder"
@@ -47,6 +62,7 @@ class LatentForgeAutoencoderConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        refuse_misspelt(kwargs, self.__dataclass_fields__)
         if self.latent_size is None:
             self.latent_size = 32 * self.patch_size
         super().__post_init__(**kwargs)

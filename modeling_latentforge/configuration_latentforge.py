@@ -7,7 +7,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_autoencoder import LatentForgeAutoencoderConfig
+from .configuration_autoencoder import LatentForgeAutoencoderConfig, refuse_misspelt
 
 
 @strict
@@ -35,6 +35,10 @@ class LatentHeadConfig(PreTrainedConfig):
     num_samples: int = 8
     num_targets: int = 16
     exponent: int | float = 1.0
+
+    def __post_init__(self, **kwargs):
+        refuse_misspelt(kwargs, self.__dataclass_fields__)
+        super().__post_init__(**kwargs)
 
     def validate_head(self):
         if self.num_layers < 0:
@@ -101,7 +105,7 @@ class LatentForgeConfig(PreTrainedConfig):
             equal).
 
     Raises:
-        ValueError: parts that do not fit each other, with both values.
+        ValueError: parts that do not fit each other, with both values; a misspelt field.
     """
 
     model_type = "latentforge"
@@ -137,6 +141,7 @@ class LatentForgeConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        refuse_misspelt(kwargs, self.__dataclass_fields__)
         self.backbone_config = _build_backbone_config(self.backbone_config)
         for name, kind in (("autoencoder_config", LatentForgeAutoencoderConfig), ("head_config", LatentHeadConfig)):
             value = getattr(self, name)

@@ -8,6 +8,7 @@ import torch
 from transformers.generation import GenerationMixin
 
 from .cache_latentforge import LatentForgeCache
+from .modeling_autoencoder import check_token_ids
 
 
 class LatentGenerationMixin(GenerationMixin):
@@ -51,6 +52,13 @@ class LatentGenerationMixin(GenerationMixin):
 
     def _with_grid(self, input_ids, generation_config, kwargs: dict) -> dict:
         """LatentForge specific: what `forward` must be told at every token of one `generate`."""
+        check_token_ids(input_ids, self.config.vocab_size)
+        backbone_limit = getattr(self.config.backbone_config, "max_position_embeddings", None)
+        if backbone_limit and input_ids.shape[1] > backbone_limit * self.config.patch_size:
+            raise ValueError(
+                f"The prompt has {input_ids.shape[1]} tokens, the model reads at most {backbone_limit} patches of "
+                f"{self.config.patch_size}, {backbone_limit * self.config.patch_size} tokens: shorten the prompt."
+            )
         kwargs = dict(kwargs)
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2:
@@ -71,6 +79,14 @@ class LatentGenerationMixin(GenerationMixin):
                 "decoded from another latent. Leave `use_cache` on, or set `do_sample=False`."
             )
         return kwargs
+
+    def init_continuous_batching(self, *args, **kwargs):
+        # a paged cache knows tokens only; the stock worker would log an error and return the bare prompts
+        raise ValueError(
+            "Continuous batching (`generate_batch`, `cache_implementation='paged'`, `transformers serve "
+            "--continuous-batching`) pages a cache of tokens; this model's counts patches. Call `generate` on a "
+            "left-padded batch."
+        )
 
     def prepare_inputs_for_generation(
         self,

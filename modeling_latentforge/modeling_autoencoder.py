@@ -14,6 +14,7 @@ repository).
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -34,13 +35,30 @@ class LatentForgeAutoencoderEncoding(ModelOutput):
 @dataclass
 class LatentForgeAutoencoderOutput(ModelOutput):
     """`loss` and `loss_components` with labels, else `logits` `(B, T, V)`; `last_hidden_state` is the posterior mean
-    `(B, N, D)`."""
+    `(B, N, D)`, the first without labels: the `feature-extraction` pipeline returns it."""
 
     loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
     log_std: torch.FloatTensor | None = None
     loss_components: dict | None = None
+
+
+def check_token_ids(input_ids: torch.LongTensor, vocab_size: int) -> None:
+    """Raises ValueError for an empty text and for ids outside 0 .. `vocab_size` - 1; an embedding would raise an
+    IndexError that names neither, or stop a GPU for good."""
+    if torch.compiler.is_compiling():
+        return
+    if not input_ids.numel():
+        raise ValueError(
+            f"`input_ids` of shape {tuple(input_ids.shape)} hold no token: give at least one, EOS to start a new text."
+        )
+    low, high = (int(x) for x in torch.aminmax(input_ids))
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"`input_ids` hold the id {low if low < 0 else high}, and the model knows 0 to {vocab_size - 1}: "
+            "tokenize with the tokenizer that was saved beside it."
+        )
 
 
 class CompleteCheckpointMixin:
@@ -52,13 +70,26 @@ class CompleteCheckpointMixin:
         """As in transformers.
 
         Raises:
-            ValueError: the checkpoint lacks weights of the model.
+            ValueError: the checkpoint lacks weights of the model, has others' shapes, or is damaged.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights in {name} are damaged, most likely cut off ({error}): copy or download them again."
+            ) from error
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"The weights in {name} have other shapes than its config says (the table above names them): one of "
+                "the two was edited, or belongs to another model."
+            ) from error
         missing = sorted(info["missing_keys"])
         if missing:
             raise ValueError(
-                f"{args[0] if args else kwargs.get('pretrained_model_name_or_path')} is no complete {cls.__name__}: "
+                f"{name} is no complete {cls.__name__}: "
                 f"{len(missing)} of its weights are missing, {', '.join(missing[:3])} first. It is another model's "
                 "checkpoint, one of an older version, or one taken during a LoRA run, whose final folder is complete."
             )
@@ -169,6 +200,8 @@ class LatentForgeAutoencoder(CompleteCheckpointMixin, PreTrainedModel):
     def encode(self, input_ids: torch.LongTensor) -> LatentForgeAutoencoderEncoding:
         """`(B, T)` ids -> posterior mean and log standard deviation, `(B, N, D)`. In training, tokens are dropped
         (`token_dropout`)."""
+        if not input_ids.is_cuda:  # there a look at the values waits for the device
+            check_token_ids(input_ids, self.config.vocab_size)
         embeds = self.embed_tokens(self.to_patches(input_ids))  # (B, N, K, H)
         if self.training and self.config.token_dropout:
             dropped = torch.rand(embeds.shape[:-1], device=embeds.device) < self.config.token_dropout

@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 from .cache_latentforge import LatentForgeCache
 from .configuration_latentforge import LatentForgeConfig
 from .generation_latentforge import LatentGenerationMixin
-from .modeling_autoencoder import CompleteCheckpointMixin, LatentForgeAutoencoder, LatentForgeDecoder
+from .modeling_autoencoder import CompleteCheckpointMixin, LatentForgeAutoencoder, LatentForgeDecoder, check_token_ids
 from .modeling_latent_heads import HEADS
 from .modeling_patch_decoder import LatentForgePatchDecoder, LatentForgeShortConvolution
 from .modeling_token_loss import TokenLoss, token_loss
@@ -492,6 +492,8 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 )
             cache = None
 
+        if not input_ids.is_cuda:  # there a look at the values waits for the device; `generate` looks once
+            check_token_ids(input_ids, self.config.vocab_size)
         length = input_ids.shape[1]
         grid = self._lay_out(input_ids, attention_mask, patch_offset)
         conditions, patch_mask = self._conditions(grid, None if cache is None else cache.backbone, cache is not None)

@@ -1,0 +1,325 @@
+"""What a user of any causal LM does with a model from the Hub."""
+
+import json
+import re
+from threading import Thread
+
+import peft
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    StaticCache,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
+    set_seed,
+)
+
+from modeling_latentforge import LatentForgeConfig
+from tests.conftest import HEAD_DECODER, PAD, VOCAB, text_batch, tiny_autoencoder, tiny_student
+from tests.trainers.training_helpers import byte_tokenizer
+
+
+DECODERS = pytest.mark.parametrize("decoder", ["autoregressive", "parallel"])
+PAIRS = pytest.mark.parametrize("head, decoder", HEAD_DECODER)
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+
+
+def _generate(student, ids, **kwargs):
+    return student.generate(ids, **{**GREEDY, "max_new_tokens": 11, **kwargs})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A student and its tokenizer, as a training run leaves them."""
+    tiny_student().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+# -- generate()
+
+
+@DECODERS
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.5},
+        {"temperature": 0.6, "top_k": 20, "top_p": 0.9},
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[65], [66]]},
+        {"suppress_tokens": list(range(200))},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_processors_shape_every_token_as_they_would_a_token_models(decoder, options):
+    """A processor that is applied per patch, or to a patch's first token only, leaves most tokens unshaped."""
+    student, ids = tiny_student("regression", decoder), text_batch(2, 6)
+    set_seed(3)
+    made = _generate(student, ids, do_sample=True, output_scores=True, output_logits=True, return_dict_in_generate=True,
+                     **options)  # fmt: skip
+    for logits, scores in zip(made.logits, made.scores, strict=True):
+        assert not torch.equal(logits, scores)
+    set_seed(3)
+    assert torch.equal(made.sequences, _generate(student, ids, do_sample=True, use_cache=False, **options))
+
+
+@DECODERS
+def test_lengths_are_counted_in_tokens(decoder):
+    """A limit in patches would end texts K times too late."""
+    student, ids = tiny_student("regression", decoder), text_batch(2, 6)
+    assert _generate(student, ids, max_new_tokens=None, max_length=13).shape == (2, 13)
+    first = int(_generate(student, ids[:1])[0, 6])
+    ended = _generate(student, ids[:1], eos_token_id=first)
+    assert ended.shape == (1, 7)
+    late = _generate(student, ids[:1], eos_token_id=first, min_new_tokens=5)
+    assert first not in late[0, 6:11]
+
+
+@DECODERS
+def test_stop_strings_and_criteria_end_inside_a_patch(decoder):
+    """Text behind the stop would reach the user."""
+    student, ids, tokenizer = tiny_student("regression", decoder), text_batch(1, 6), byte_tokenizer()
+    new = _generate(student, ids)[0, 6:]
+    stop = tokenizer.decode(new[:3])
+    stopped = _generate(student, ids, stop_strings=[stop], tokenizer=tokenizer)
+    assert stopped.shape[1] <= 6 + 3
+    criteria = StoppingCriteriaList([lambda input_ids, scores, **_: torch.tensor([input_ids.shape[1] >= 11])])
+    assert _generate(student, ids, stopping_criteria=criteria).shape == (1, 11)
+
+
+def test_streamers_receive_what_generate_returns(capsys):
+    """A chat window shows the streamer's text, the log keeps the returned one."""
+    student, ids, tokenizer = tiny_student(), text_batch(1, 6), byte_tokenizer()
+    text = tokenizer.decode(_generate(student, ids)[0, 6:])
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    thread = Thread(target=_generate, args=(student, ids), kwargs={"streamer": streamer})
+    thread.start()
+    assert "".join(streamer) == text
+    thread.join()
+    _generate(student, ids, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out.rstrip("\n") == text.rstrip("\n")
+
+
+@PAIRS
+def test_several_sequences_of_a_prompt_are_drawn_apart(head, decoder):
+    """Rows that share a latent or a cache would repeat each other."""
+    student = tiny_student(head, decoder)
+    set_seed(0)
+    made = _generate(student, text_batch(2, 6), do_sample=True, num_return_sequences=3)
+    assert made.shape == (6, 17)
+    assert len({tuple(row.tolist()) for row in made}) == 6
+
+
+@DECODERS
+def test_scores_give_the_log_probability_of_each_token(decoder):
+    """`compute_transition_scores` is how tools ask for them."""
+    student, ids = tiny_student("regression", decoder), text_batch(2, 6)
+    made = _generate(student, ids, output_scores=True, return_dict_in_generate=True)
+    scores = student.compute_transition_scores(made.sequences, made.scores, normalize_logits=True)
+    offset = None if decoder == "autoregressive" else -6 % 4
+    expected = student(made.sequences, patch_offset=offset).logits.log_softmax(-1)[:, 5:-1]
+    torch.testing.assert_close(scores, expected.gather(2, made.sequences[:, 6:, None])[..., 0], rtol=0, atol=1e-4)
+
+
+@DECODERS
+def test_static_caches_hold_patches(decoder):
+    """Sized in tokens it would take K times the memory; sized in patches and counted in tokens, it would overflow."""
+    student, ids = tiny_student("regression", decoder), text_batch(2, 6)
+    made = _generate(student, ids, cache_implementation="static", return_dict_in_generate=True)
+    assert torch.equal(made.sequences, _generate(student, ids))
+    assert made.past_key_values.backbone.layers[0].max_cache_len <= 17 // 4 + 2
+    own = StaticCache(config=student.config.backbone_config, max_cache_len=6)
+    assert torch.equal(_generate(student, ids, past_key_values=own), made.sequences)
+
+
+@DECODERS
+def test_a_prompt_may_be_continued_from_its_cache(decoder):
+    """A chat sends its history again; the cache saves reading it."""
+    student, ids = tiny_student("regression", decoder), text_batch(1, 9)
+    first = _generate(student, ids, return_dict_in_generate=True)
+    more = torch.cat([first.sequences, text_batch(1, 5)], dim=1)
+    kept = _generate(student, more, past_key_values=first.past_key_values)
+    if decoder == "autoregressive":  # a parallel grid stays where the first prompt put it
+        assert torch.equal(kept, _generate(student, more))
+    assert torch.equal(
+        kept, _generate(student, more, use_cache=False, patch_offset=-9 % 4 if decoder == "parallel" else None)
+    )
+
+
+@DECODERS
+def test_tokens_may_be_constrained_one_by_one(decoder):
+    """Grammars and JSON modes are functions of the tokens so far."""
+    student, ids = tiny_student("regression", decoder), text_batch(1, 6)
+
+    def alternate(batch, so_far):
+        return [65] if len(so_far) % 2 else [66]
+
+    assert _generate(student, ids, prefix_allowed_tokens_fn=alternate, num_beams=2)[0, 6:].tolist() == [66, 65] * 5 + [
+        66
+    ]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"cache_implementation": "paged"}, "this model's counts patches. Call `generate` on a left-padded batch"),
+        ({"inputs_embeds": torch.zeros(1, 6, 32)}, "not possible, pass `input_ids`"),
+        ({"misspelt": 1}, "not used by the model: .'misspelt'"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature. .=0.0. has to be a strictly positive"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p.* 1.5"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_work_says_so(options, message):
+    """transformers' paged worker logs an error and gives the bare prompt back."""
+    with pytest.raises(ValueError, match=message):
+        _generate(tiny_student(), text_batch(1, 6), **options)
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        (torch.full((1, 8200), 65), "8200 tokens, the model reads at most 2048 patches of 4, 8192 tokens"),
+        (torch.zeros(1, 0, dtype=torch.long), r"shape \(1, 0\) hold no token: give at least one, EOS"),
+        (torch.full((1, 4), VOCAB), f"the id {VOCAB}, and the model knows 0 to {VOCAB - 1}: tokenize with"),
+        (torch.full((1, 4), -1), f"the id -1, and the model knows 0 to {VOCAB - 1}"),
+    ],
+    ids=["long", "empty", "unknown", "negative"],
+)
+def test_prompts_that_cannot_be_read_are_refused_with_the_remedy(ids, message):
+    """An index error of an embedding names neither the id nor the tokenizer; on a GPU it ends the process."""
+    student = tiny_student()
+    with pytest.raises(ValueError, match=message):
+        _generate(student, ids)
+    if ids.shape[1] < 8000:
+        with pytest.raises(ValueError, match=message):
+            student(ids)
+        with pytest.raises(ValueError, match=message):
+            tiny_autoencoder()(ids)
+
+
+# -- loading
+
+
+@pytest.mark.parametrize("cls", [tiny_autoencoder, tiny_student])
+def test_a_damaged_file_is_named(cls, tmp_path):
+    """A download that was cut off looks like a broken library."""
+    cls().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:20000])
+    with pytest.raises(ValueError, match=f"The weights in {tmp_path} are damaged, most likely cut off"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("field, value", [("vocab_size", 100), ("patch_size", 8)])
+def test_a_codec_that_disagrees_with_the_weights_is_refused(folder, field, value):
+    """Half-random weights write fluent nonsense."""
+    config = json.loads((folder / "config.json").read_text())
+    config["autoencoder_config"][field] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{folder} have other shapes than its config says"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_misspelt_field_is_refused_in_code_and_in_a_file(folder):
+    """transformers keeps unknown keys, and the field keeps its default."""
+    config = json.loads((folder / "config.json").read_text())
+    for part, name, meant in (
+        (None, "decoder_windw", "decoder_window"),
+        ("autoencoder_config", "latent_sise", "latent_size"),
+        ("head_config", "num_sample", "num_samples"),
+    ):
+        wrong = json.loads(json.dumps(config))
+        (wrong[part] if part else wrong)[name] = 3
+        (folder / "config.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=re.escape(f"`{name}` (value 3): did you mean `{meant}`?")):
+            AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="did you mean `decoder_type`"):
+        LatentForgeConfig(decoder_typ="parallel")
+    assert LatentForgeConfig(note_of_mine="kept").note_of_mine == "kept"
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_backbone_takes_attention_dtype_and_device_map(folder, attention):
+    """The three arguments that everybody passes."""
+    student = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="bfloat16", device_map="cpu", attn_implementation=attention
+    )
+    assert student.model.backbone.config._attn_implementation == attention
+    assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
+    assert _generate(student, text_batch(2, 6)).shape == (2, 17)
+
+
+def test_weights_are_safetensors_only(folder):
+    """A pickle runs code when it is opened."""
+    assert not list(folder.glob("*.bin")) and not list(folder.glob("*.pt")) and (folder / "model.safetensors").exists()
+
+
+# -- pipelines
+
+
+def test_text_generation_pipeline(folder):
+    """The first line that most people try."""
+    pipe = pipeline("text-generation", model=str(folder))
+    prompts = ["The ferry leaves", "On Thursdays there is also a goat"]
+    together = pipe(prompts, batch_size=2, return_full_text=False, max_new_tokens=9, do_sample=False)
+    for prompt, (record,) in zip(prompts, together, strict=True):
+        (alone,) = pipe(prompt, return_full_text=False, max_new_tokens=9, do_sample=False)
+        assert alone["generated_text"] == record["generated_text"]
+
+
+def test_a_chat_goes_through_its_template(folder):
+    """A chat that is joined without its template is another text."""
+    pipe = pipeline("text-generation", model=str(folder))
+    pipe.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    messages = [{"role": "user", "content": "Where is the goat?"}]
+    (answer,) = pipe(messages, max_new_tokens=9, do_sample=False)
+    (text,) = pipe("<user>Where is the goat?\n<assistant>", return_full_text=False, max_new_tokens=9, do_sample=False)
+    assert answer["generated_text"][-1] == {"role": "assistant", "content": text["generated_text"]}
+
+
+def test_feature_extraction_pipeline_gives_latents(tmp_path):
+    """`model_outputs[0]` is what the pipeline returns: of logits nobody would notice but by their width."""
+    codec, tokenizer = tiny_autoencoder(), byte_tokenizer()
+    codec.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text = "Whoever wants a seat by the wind"
+    features = pipeline("feature-extraction", model=str(tmp_path))(text, return_tensors=True)
+    expected = codec.encode(tokenizer(text, return_tensors="pt").input_ids).mean
+    assert features.shape == (1, len(text) // 4, 16)
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-6)
+
+
+# -- adapters
+
+
+def test_lora_on_the_backbone_saves_loads_and_merges(folder, tmp_path):
+    """An adapter that merges into another model, or loads as nothing, is silent."""
+    base, ids = AutoModelForCausalLM.from_pretrained(folder), text_batch(2, 9)
+    plain = _generate(base, ids)
+    lora = peft.LoraConfig(r=2, target_modules=r"model\.backbone\..*\.(q_proj|v_proj)", init_lora_weights=False)
+    adapted = peft.get_peft_model(base, lora).eval()
+    assert all("backbone" in name for name, p in adapted.named_parameters() if p.requires_grad)
+    made = _generate(adapted, ids)
+    assert not torch.equal(made, plain)
+    adapted.save_pretrained(tmp_path / "adapter")
+    fresh = AutoModelForCausalLM.from_pretrained(folder)
+    again = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    assert torch.equal(_generate(again, ids), made)
+    merged = again.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=1e-3)
+    merged.save_pretrained(tmp_path / "merged")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(reloaded(ids).logits, merged(ids).logits)
+    by_adapter = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "adapter"
+    )  # the card of an adapter on the Hub says so
+    assert torch.equal(_generate(by_adapter.eval(), ids), made)
