@@ -63,8 +63,8 @@ def test_processors_shape_every_token_as_they_would_a_token_models(decoder, opti
     """A processor that is applied per patch, or to a patch's first token only, leaves most tokens unshaped."""
     student, ids = tiny_student("regression", decoder), text_batch(2, 6)
     set_seed(3)
-    made = _generate(student, ids, do_sample=True, output_scores=True, output_logits=True, return_dict_in_generate=True,
-                     **options)  # fmt: skip
+    recorded = {"output_scores": True, "output_logits": True, "return_dict_in_generate": True}
+    made = _generate(student, ids, do_sample=True, **recorded, **options)
     for logits, scores in zip(made.logits, made.scores, strict=True):
         assert not torch.equal(logits, scores)
     set_seed(3)
@@ -279,7 +279,8 @@ def test_text_generation_pipeline(folder):
 def test_a_chat_goes_through_its_template(folder):
     """A chat that is joined without its template is another text."""
     pipe = pipeline("text-generation", model=str(folder))
-    pipe.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    turn = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    pipe.tokenizer.chat_template = turn + "{% if add_generation_prompt %}<assistant>{% endif %}"
     messages = [{"role": "user", "content": "Where is the goat?"}]
     (answer,) = pipe(messages, max_new_tokens=9, do_sample=False)
     (text,) = pipe("<user>Where is the goat?\n<assistant>", return_full_text=False, max_new_tokens=9, do_sample=False)
