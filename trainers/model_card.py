@@ -27,10 +27,15 @@ TASKS = {"autoencoder": "feature-extraction", "student": "text-generation"}
 LICENSE = "mit"
 
 METRICS = {
-    "nll": "nats per token",
-    "kd": "KL divergence from the teacher, nats per token, as trained on",
-    "token_accuracy": "share of tokens given back, free-running",
-    "patch_accuracy": "share of whole patches given back, free-running",
+    "autoencoder": {
+        "nll": "nats per token, from the posterior's mean",
+        "token_accuracy": "share of tokens given back, free-running",
+        "patch_accuracy": "share of whole patches given back, free-running",
+    },
+    "student": {
+        "nll": "nats per token",
+        "kd": "KL divergence from the teacher, nats per token, as trained on",
+    },
 }
 REPO_ID_LINE = re.compile(r'^repo_id = ".*"$', re.MULTILINE)
 
@@ -85,7 +90,7 @@ def fill_card(config: Any, facts: CardFacts) -> ModelCard:
     except ImportError as error:
         raise ImportError("a model card needs jinja2: pip install 'latentforge[train]'") from error
     kind = KINDS[config.model_type]
-    results = _results(facts.metrics)
+    results = _results(facts.metrics, METRICS[kind])
     held_out = facts.held_out or (f"a held-out part of {facts.data}" if facts.data else "held-out text")
     models = [name for name in (facts.base, facts.teacher) if name is not None and hub_id(name)]
     data = ModelCardData(
@@ -126,13 +131,13 @@ def fill_card(config: Any, facts: CardFacts) -> ModelCard:
     return ModelCard(re.sub(r"\n{3,}", "\n\n", text))
 
 
-def _results(metrics: Mapping[str, float]) -> list[dict[str, Any]]:
+def _results(metrics: Mapping[str, float], names: Mapping[str, str]) -> list[dict[str, Any]]:
     results = []
     for metric, value in metrics.items():
         name, _, sigma = metric.partition("_noise")
-        if name in METRICS:
+        if name in names:
             noise = f", noise of standard deviation {sigma} on the latent" if sigma else ""
-            results.append({"type": metric, "name": METRICS[name] + noise, "value": round(float(value), 6)})
+            results.append({"type": metric, "name": names[name] + noise, "value": round(float(value), 6)})
     return results
 
 
