@@ -34,7 +34,7 @@ METRICS = {
     },
     "student": {
         "nll": "nats per token",
-        "kd": "KL divergence from the teacher, nats per token, as trained on",
+        "kd": "T^2 times the KL divergence from the teacher at temperature T, nats per token",
     },
 }
 REPO_ID_LINE = re.compile(r'^repo_id = ".*"$', re.MULTILINE)
@@ -197,6 +197,8 @@ def facts_of_trainer(trainer: Any, repo_id: str, **given: Any) -> CardFacts:
     if length is not None:
         training["tokens per row"] = length
     weights = {name: weight for name, weight in trainer.part_weights().items() if weight}
+    if trainer.teacher_name() is not None and hasattr(args, "kd_temperature"):
+        training["temperature T of the distillation"] = f"{args.kd_temperature:g}"
     training |= {
         "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
         "weight decay": f"{args.weight_decay:g}",

@@ -54,6 +54,7 @@ def test_a_students_card_holds_what_its_run_measured(tmp_path):
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert results == {name: pytest.approx(metrics[f"eval_{name}"], abs=1e-6) for name in ("nll", "kd")}
     assert "| steps | 1 |" in card.text and "| tokens per row | 16 |" in card.text
+    assert "| temperature T of the distillation | 1 |" in card.text
     assert "Hub dataset owner/texts (split train)" in card.text and "distributions of a teacher" in card.text
     assert "1503.02531" in card.text and f"{trainer.model.num_parameters():,} parameters" in card.text
     assert str(ModelCard(str(card))) == str(card)
