@@ -7,8 +7,9 @@
         --tokenizer meta-llama/Llama-3.2-1B --output_dir checkpoints/ae --bf16
     accelerate launch scripts/train_autoencoder.py ...          (or torchrun --nproc_per_node N; same flags)
 
-Writes the model, its tokenizer, `eval_results.json` (free-running reconstruction on held-out text) and
-`trainer_state.json` (the log) to `--output_dir`; `AutoModel.from_pretrained` loads it.
+Writes the model, its tokenizer, `eval_results.json` (free-running reconstruction on held-out text),
+`trainer_state.json` (the log) and `README.md` (its model card) to `--output_dir`; `AutoModel.from_pretrained` loads
+it.
 """
 
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     from modeling_latentforge import LatentForgeAutoencoder, LatentForgeAutoencoderConfig
     from trainers import AEConfig, AETrainer, DataArguments, PatchCollator, load_blocks, parse_arguments
+    from trainers.model_card import describe_data
 
     codec_args, data_args, training_args = parse_arguments(
         CodecArguments, DataArguments, AEConfig, argv=argv, description=__doc__
@@ -77,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
+    trainer.create_model_card(**describe_data(data_args))
     if trainer.is_world_process_zero():
         print("held-out:", {name: round(value, 6) for name, value in metrics.items() if name.startswith("eval_")})
     trainer.end()

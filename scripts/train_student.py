@@ -9,9 +9,10 @@
         --init_from_teacher --layers 0,2,4,6,8,10,12,14 --lora_r 16 --output_dir checkpoints/student
     accelerate launch scripts/train_student.py ...          (or torchrun --nproc_per_node N; same flags)
 
-The tokenizer is the codec's. Writes the model with the codec inside, the tokenizer, `eval_results.json` and
-`trainer_state.json` (the log) to `--output_dir`; `AutoModelForCausalLM.from_pretrained` loads it. With `--lora_r` the
-adapter is merged into that model, and kept in `adapter/`; the checkpoints of such a run are for resuming only.
+The tokenizer is the codec's. Writes the model with the codec inside, the tokenizer, `eval_results.json`,
+`trainer_state.json` (the log) and `README.md` (its model card) to `--output_dir`;
+`AutoModelForCausalLM.from_pretrained` loads it. With `--lora_r` the adapter is merged into that model, and kept in
+`adapter/`; the checkpoints of such a run are for resuming only.
 """
 
 import os
@@ -132,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     from transformers import AutoTokenizer, set_seed
 
     from trainers import DataArguments, KDConfig, KDTrainer, PatchCollator, load_blocks, parse_arguments
+    from trainers.model_card import describe_data
     from trainers.teachers import HFTeacher, check_vocabulary
 
     student_args, data_args, training_args = parse_arguments(
@@ -181,6 +183,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
+    base = student_args.teacher if student_args.init_from_teacher else None
+    trainer.create_model_card(finetuned_from=base, **describe_data(data_args))
     if trainer.is_world_process_zero():
         print("held-out:", {name: round(value, 6) for name, value in metrics.items() if name.startswith("eval_")})
     trainer.end()

@@ -7,12 +7,15 @@ import os
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
+
+from .model_card import KINDS, LICENSE, facts_of_trainer, fill_card, license_of, public_name
 
 
 logger = logging.getLogger(__name__)
@@ -101,6 +104,7 @@ class LatentTrainer(Trainer):
         self._parts: dict[str, torch.Tensor] = {}
         self._parts_last_step: int | None = None
         self._eval_sums: dict[str, float] | None = None
+        self._card_arguments: dict[str, Any] = {}
 
     # -- what subclasses say
 
@@ -128,6 +132,10 @@ class LatentTrainer(Trainer):
     def evaluation_metrics(self, sums: dict[str, float], num_items: float) -> dict[str, float]:
         """Metrics, without prefix, from the sums of [`evaluate_batch`] and those of the parts (`sums[part]`)."""
         return {}
+
+    def teacher_name(self) -> str | None:
+        """Of the model whose distributions are learned from: a Hub id or a folder."""
+        return None
 
     # -- training
 
@@ -263,3 +271,69 @@ class LatentTrainer(Trainer):
         dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
         values = torch.tensor([self._eval_sums[name] for name in names], dtype=dtype, device=self.args.device)
         return dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
+
+    # -- card
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md` in `output_dir` from `model_cards/`; only the first process does.
+
+        Args: as in transformers. `dataset` is the training text in words, `dataset_tags` its Hub ids, `dataset_args`
+            the held-out text in words. `license` defaults to the teacher's, `unknown` where that cannot be read, and
+            to this project's without a teacher. `model_name` and `tasks` follow from the model.
+        """
+        config: Any = self.model.config
+        given = {
+            "language": language,
+            "license": license,
+            "tags": tags,
+            "finetuned_from": finetuned_from,
+            "dataset": dataset,
+            "dataset_tags": dataset_tags,
+            "dataset_args": dataset_args,
+        }
+        # `push_to_hub` asks for a card too, and knows less than the script that trained
+        self._card_arguments |= {name: value for name, value in given.items() if value is not None}
+        if not self.is_world_process_zero():
+            return
+        if config.model_type not in KINDS:
+            super().create_model_card(**self._card_arguments, model_name=model_name, tasks=tasks)
+            return
+        told = self._card_arguments
+        base, teacher = told.get("finetuned_from"), self.teacher_name()
+        others = [name for name in (base, teacher) if name is not None]
+        output_dir = Path(self.args.output_dir)
+        card = fill_card(
+            config,
+            facts_of_trainer(
+                self,
+                repo_id=self.hub_model_id or (output_dir.name if output_dir.is_absolute() else output_dir.as_posix()),
+                data=_words(told.get("dataset")),
+                datasets=_listed(told.get("dataset_tags")),
+                held_out=_words(told.get("dataset_args")),
+                base=public_name(base) if base is not None else None,
+                teacher=public_name(teacher) if teacher is not None else None,
+                license=told.get("license") or (license_of(others[0]) or "unknown" if others else LICENSE),
+                language=told.get("language"),
+                tags=_listed(told.get("tags")),
+            ),
+        )
+        card.save(output_dir / "README.md")
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _words(value: str | list[str] | None) -> str | None:
+    return ", ".join(_listed(value)) or None

@@ -119,6 +119,9 @@ class KDTrainer(LatentTrainer):
     def part_weights(self) -> dict[str, float]:
         return self._weights
 
+    def teacher_name(self) -> str | None:
+        return getattr(self.teacher_callback.teacher, "name", None) if self.teacher_callback is not None else None
+
     def forward_kwargs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         signal = inputs.pop(SIGNAL_KEY, None)
         if self.model.training:
