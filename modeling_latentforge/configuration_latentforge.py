@@ -148,6 +148,8 @@ class LatentForgeConfig(PreTrainedConfig):
             if value is None or isinstance(value, dict):
                 setattr(self, name, kind(**(value or {})))
         super().__post_init__(**kwargs)
+        for part in (self.backbone_config, self.autoencoder_config, self.head_config):
+            part._name_or_path = ""  # a folder of the machine that trained, which would travel with the weights
         if self.decoder_hidden_size is None:
             self.decoder_hidden_size = self.backbone_config.hidden_size
         if self.decoder_intermediate_size is None:

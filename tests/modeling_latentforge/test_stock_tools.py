@@ -18,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from modeling_latentforge import LatentForgeConfig
+from modeling_latentforge import LatentForgeConfig, LatentForgeForCausalLM
 from tests.conftest import HEAD_DECODER, PAD, VOCAB, text_batch, tiny_autoencoder, tiny_student
 from tests.trainers.training_helpers import byte_tokenizer
 
@@ -261,6 +261,16 @@ def test_the_backbone_takes_attention_dtype_and_device_map(folder, attention):
 def test_weights_are_safetensors_only(folder):
     """A pickle runs code when it is opened."""
     assert not list(folder.glob("*.bin")) and not list(folder.glob("*.pt")) and (folder / "model.safetensors").exists()
+
+
+def test_configs_hold_no_paths(folder):
+    """The folders of the machine that trained would stand on the Hub."""
+    tiny_autoencoder().save_pretrained(folder / "codec")
+    codec = AutoModel.from_pretrained(folder / "codec")
+    backbone = AutoModelForCausalLM.from_pretrained(folder).config.backbone_config
+    LatentForgeForCausalLM.from_autoencoder(codec, backbone, decoder_num_heads=2).save_pretrained(folder / "student")
+    for path in folder.rglob("*.json"):
+        assert str(folder) not in path.read_text(), path
 
 
 # -- pipelines
