@@ -20,21 +20,22 @@ from torch import nn
 
 
 # nu^2 over the nu-norm of the counts, at which the batched form has seen enough: an upper bound of the relative bias
-# that its weights then correct. 65 coinciding pairs at T = 0.5; measured in docs/experiments.md.
-ENOUGH = 0.35
+# that its weights then correct. 32 coinciding pairs at T = 0.5; measured in docs/experiments.md.
+ENOUGH = 0.5
 # share of the weight that may lie on patches whose coin the draws did not decide (only where 1/T is no whole number)
 UNDECIDED = 0.1
-FIRST_BLOCK = 8
+# few enough for an easy row, enough for the output matrix to be read once for many draws
+FIRST_BLOCK = 16
 
 
 class PatchSample(NamedTuple):
-    """`ids (R, K)`; `draws (R,)` made for them; `met (R,)`, False where `max_draws` forced the fallback; `states (R,
-    S)` of lazy draws, else None."""
+    """`ids (R, K)`; `draws (R,)` made for them; `met (R,)`, False where `max_draws` forced the fallback; of lazy draws
+    `logits (R, K, V)`, those that the tokens were drawn from, else None."""
 
-    ids: torch.LongTensor
-    draws: torch.LongTensor
-    met: torch.BoolTensor
-    states: torch.Tensor | None = None
+    ids: torch.Tensor
+    draws: torch.Tensor
+    met: torch.Tensor
+    logits: torch.Tensor | None = None
 
 
 class PatchSampling(NamedTuple):
@@ -67,24 +68,28 @@ class LazyDraws:
         self.sample_latents, self.decoder, self.output, self.condition = sample_latents, decoder, output, condition
         self.patch_size = decoder.patch_size
 
-    def start(self, rows: torch.LongTensor, count: int) -> torch.Tensor:
+    def start(self, rows: torch.Tensor, count: int) -> torch.Tensor:
         """`(R',)` -> states `(R', count, S)`, independent draws."""
         latents = self.sample_latents(self.condition[rows, None], count)
         return self.decoder.patch_hidden(latents.to(self.decoder.from_latent.weight.dtype))
 
-    def token(self, states: torch.Tensor, place: int) -> torch.LongTensor:
+    def token(self, states: torch.Tensor, place: int) -> torch.Tensor:
         """`(M, S)` -> one token `(M,)` each, drawn from the softmax of this place."""
         return draw_tokens(self.output(self.decoder.token_hidden(states, place)))
+
+    def whole(self, states: torch.Tensor) -> torch.Tensor:
+        """`(M, S)` -> all tokens of each, `(M, K)`."""
+        return draw_tokens(self.logits(states).flatten(0, 1)).unflatten(0, (-1, self.patch_size))
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """`(M, S)` -> `(M, K, V)`."""
         return self.output(self.decoder.tokens_hidden(states))
 
 
-def draw_tokens(logits: torch.Tensor) -> torch.LongTensor:
+def draw_tokens(logits: torch.Tensor) -> torch.Tensor:
     """`(M, V)` -> `(M,)`, a sample of each softmax from one uniform number: `multinomial` draws V of them."""
     probabilities = (logits.float() - logits.amax(-1, keepdim=True).float()).exp_()
-    cumulated = probabilities.cumsum(-1, dtype=torch.float64 if logits.device.type == "cpu" else None)
+    cumulated = probabilities.cumsum(-1)
     threshold = torch.rand_like(cumulated[:, :1]) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
@@ -126,14 +131,20 @@ class DrawPool:
         states: `(R, N, S)`, or None.
     """
 
-    def __init__(self, draw, rows: torch.LongTensor):
+    def __init__(self, draw, rows: torch.Tensor):
         self.draw, self.rows, self.is_lazy = draw, rows, hasattr(draw, "start")
-        self.ids: torch.Tensor | None = None
+        self.ids: torch.Tensor | None = None  # before the first block
         self.states: torch.Tensor | None = None
 
     @property
     def count(self) -> int:
         return 0 if self.ids is None else self.ids.shape[1]
+
+    def choose_all_tokens(self, size: int = 32) -> None:
+        """Lazy draws: whole at once, of `size` draws at a time."""
+        if self.is_lazy:
+            pieces = [self.draw.whole(piece) for piece in self.states.flatten(0, 1).split(size)]
+            self.ids = torch.cat(pieces).view_as(self.ids)
 
     def grow(self, count: int) -> None:
         if self.is_lazy:
@@ -144,21 +155,14 @@ class DrawPool:
             ids = self.draw(self.rows, count)
         self.ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
 
-    def keep(self, index: torch.LongTensor) -> "DrawPool":
+    def keep(self, index: torch.Tensor) -> "DrawPool":
         """The rows at `index`, in a pool of their own."""
         pool = DrawPool(self.draw, self.rows[index])
         pool.ids = self.ids[index]
         pool.states = None if self.states is None else self.states[index]
         return pool
 
-    def choose_tokens(self, wanted: torch.BoolTensor, place: int) -> None:
-        """Lazy draws: give the draws of `wanted (R, N)` the token of this place, where they have none."""
-        if self.is_lazy:
-            row, column = (wanted & (self.ids[:, :, place] < 0)).nonzero(as_tuple=True)
-            if len(row):
-                self.ids[row, column, place] = self.draw.token(self.states[row, column], place)
-
-    def keys(self, threshold: int, first: int = 0, extra: torch.LongTensor | None = None) -> torch.LongTensor:
+    def keys(self, threshold: int, first: int = 0, extra: torch.Tensor | None = None) -> torch.Tensor:
         """Numbers `(R, N')` that are equal where patches are, of the draws from `first` on and before them of draw
         `extra (R,)`.
 
@@ -171,35 +175,36 @@ class DrawPool:
         alone = torch.zeros_like(index, dtype=torch.bool)
         key = torch.zeros_like(index)
         for place in range(self.ids.shape[2]):
-            if self.is_lazy:
-                wanted = torch.zeros(self.ids.shape[:2], dtype=torch.bool, device=index.device)
-                self.choose_tokens(wanted.scatter(1, index, ~alone), place)
             tokens = self.ids[:, :, place].gather(1, index)
+            if self.is_lazy:
+                row, column = (~alone & (tokens < 0)).nonzero(as_tuple=True)
+                if len(row):
+                    chosen = self.draw.token(self.states[row, index[row, column]], place)
+                    self.ids[row, index[row, column], place] = tokens[row, column] = chosen
             base = tokens.max() + 1
             tokens = torch.where(alone, base + apart, tokens)
             key = _ranks(key * (base + len(apart)) + tokens)
             alone = _sizes(key) < threshold
         return key
 
-    def take(self, index: torch.LongTensor) -> tuple[torch.LongTensor, torch.Tensor | None]:
-        """Draw `index (R,)` of each row, whole: ids `(R, K)`, states `(R, S)` or None."""
-        chosen = torch.zeros(self.ids.shape[:2], dtype=torch.bool, device=index.device).scatter(
-            1, index[:, None], True
-        )
-        for place in range(self.ids.shape[2]):
-            self.choose_tokens(chosen, place)
+    def take(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draw `index (R,)` of each row, whole: ids `(R, K)`; logits `(R, K, V)` of a lazy draw or None."""
         row = torch.arange(len(index), device=index.device)
-        return self.ids[row, index], None if self.states is None else self.states[row, index]
+        ids = self.ids[row, index]
+        if not self.is_lazy:
+            return ids, None
+        logits = self.draw.logits(self.states[row, index])
+        return torch.where(ids < 0, draw_tokens(logits.flatten(0, 1)).view_as(ids), ids), logits
 
 
-def _ranks(key: torch.LongTensor) -> torch.LongTensor:
+def _ranks(key: torch.Tensor) -> torch.Tensor:
     """`(R, N)` -> 0 for the smallest value of a row, 1 for the next."""
     ordered, order = key.sort(dim=1)
     steps = nn.functional.pad((ordered[:, 1:] != ordered[:, :-1]).long(), (1, 0)).cumsum(1)
     return torch.empty_like(key).scatter_(1, order, steps)
 
 
-def _sizes(ranks: torch.LongTensor) -> torch.LongTensor:
+def _sizes(ranks: torch.Tensor) -> torch.Tensor:
     """`(R, N)` ranks -> how many of the row have the same."""
     return torch.zeros_like(ranks).scatter_add_(1, ranks, torch.ones_like(ranks)).gather(1, ranks)
 
@@ -227,22 +232,21 @@ def sample_exact(
         pool.grow(min(max(n if n == 1 and not a else FIRST_BLOCK, first // 2), max_draws - first))
         key = pool.keys(2, first, candidate if first else None)
         current = key[:, 0]  # the candidate's
-        gives_up = torch.rand(key.shape, device=device)
+        gives_up = torch.rand(key.shape, device=device) if a else None
         done = torch.zeros_like(candidate, dtype=torch.bool)
         for column in range(bool(first), key.shape[1]):
-            # every state is computed for every row; `done` rows keep theirs
-            place, drawn = column - bool(first) + first, key[:, column]
-            begins, is_tossing = equal == 0, equal >= n
-            same = begins | (drawn == current)
-            tosses_now = torch.where(is_tossing, tosses + 1, 0)
-            fails = ~same & (~is_tossing | (gives_up[:, column] * tosses_now < a))
-            ends = same & (equal + 1 >= n + bool(a))
-            fails, ends, begins = fails & ~done, ends & ~done, begins & ~done
+            drawn, begins = key[:, column], equal == 0
+            candidate = torch.where(begins & ~done, column - bool(first) + first, candidate)
             current = torch.where(begins, drawn, current)
-            candidate = torch.where(begins, place, candidate)
-            equal = torch.where(done, equal, torch.where(fails, 0, equal + (same & ~is_tossing)))
-            tosses = torch.where(done | fails, 0, tosses_now)
-            done = done | ends
+            same = drawn == current
+            if a:
+                is_tossing = equal >= n
+                tosses = torch.where(is_tossing, tosses + 1, 0)
+                goes_on = same | (is_tossing & (gives_up[:, column] * tosses >= a))
+                equal = torch.where(goes_on, equal + same, 0)
+            else:
+                equal = torch.where(same, equal + 1, 0)
+            done = done | (equal >= n + bool(a))
         if pool.count < max_draws:
             over, left = _split(done)
         else:
@@ -276,7 +280,8 @@ def sample_batched(
     Choosing by weight divides by their sum, which makes frequent patches too rare, to first order in 1/N by the factor
     1 - nu^2 c^(nu - 1) / sum of weights; the weights are multiplied by its inverse, 1 + .... Draws go on until nu^2 /
     (sum of weights)^(1/nu), which bounds that term, is at most `enough`, and no more than a tenth of the weight is
-    undecided. Needs about nu^2 / (enough (sum_x P^nu)^(1/nu)) draws. What bias is left stands in docs/experiments.md.
+    undecided. Needs about nu^2 / (enough (sum_x P^nu)^(1/nu)) draws; the total variation that is left is below 0.01
+    for whole 1/T and below 0.02 otherwise on the distributions of docs/experiments.md.
 
     Rows with enough draws leave the batch. A row that reaches `max_draws` chooses with what it has, and if no patch
     came up n times, with the largest n' that one did: like CALM.
@@ -313,7 +318,7 @@ def log_falling_factorial(count: torch.Tensor, order: float | torch.Tensor) -> t
     return torch.where(possible, value, -torch.inf)
 
 
-def log_patch_weights(sizes: torch.LongTensor, n: int, a: float) -> torch.Tensor:
+def log_patch_weights(sizes: torch.Tensor, n: int, a: float) -> torch.Tensor:
     """Counts `(R, N)` of each draw's patch -> log weights of the draws, float64.
 
     Where no patch of a row came up n times, n is the largest number that one did and a is 0.
@@ -326,14 +331,14 @@ def log_patch_weights(sizes: torch.LongTensor, n: int, a: float) -> torch.Tensor
     return weights + torch.log1p(order.square() * term.exp()) - sizes.log()
 
 
-def _pick(sizes: torch.LongTensor, n: int, a: float) -> torch.LongTensor:
+def _pick(sizes: torch.Tensor, n: int, a: float) -> torch.Tensor:
     """A draw of each row by weight, `(R,)`."""
     if not len(sizes):
         return sizes.new_zeros(0)
     return torch.multinomial(log_patch_weights(sizes, n, a).softmax(1), 1)[:, 0]
 
 
-def _split(done: torch.BoolTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+def _split(done: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`(R,)` -> indices that are done and that are not."""
     order, count = done.long().argsort(descending=True, stable=True), int(done.sum())
     return order[:count], order[count:]
@@ -347,20 +352,20 @@ class _Result:
         self.parts: list[tuple] = []
         self.num_rows, self.device = num_rows, device
 
-    def put(self, pool: DrawPool, index: torch.LongTensor, met: torch.BoolTensor) -> None:
+    def put(self, pool: DrawPool, index: torch.Tensor, met: torch.Tensor) -> None:
         if len(index):
-            ids, states = pool.take(index)
+            ids, logits = pool.take(index)
             self.rows.append(pool.rows)
-            self.parts.append((ids, torch.full_like(index, pool.count), met, states))
+            self.parts.append((ids, torch.full_like(index, pool.count), met, logits))
 
     def sample(self) -> PatchSample:
         order = torch.cat(self.rows).argsort()
-        ids, draws, met, states = zip(*self.parts, strict=True)
+        ids, draws, met, logits = zip(*self.parts, strict=True)
         return PatchSample(
             torch.cat(ids)[order],
             torch.cat(draws)[order],
             torch.cat(met)[order],
-            None if states[0] is None else torch.cat(states)[order],
+            None if logits[0] is None else torch.cat(logits)[order],
         )
 
 

@@ -442,11 +442,10 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         Its tokens get 0, all others what the latent that it was drawn from gives them, less `SURE`: a processor that
         forbids a sampled token leaves the next best of that latent.
         """
-        draws = self.draws(condition)
         sample = SAMPLERS[sampling.form](
-            draws, condition.shape[0], sampling.temperature, sampling.max_draws, condition.device
+            self.draws(condition), condition.shape[0], sampling.temperature, sampling.max_draws, condition.device
         )
-        logits = draws.logits(sample.states).float().log_softmax(-1) - SURE
+        logits = sample.logits.float().log_softmax(-1) - SURE
         return logits.scatter(2, sample.ids[..., None], 0.0)
 
     # -- forward

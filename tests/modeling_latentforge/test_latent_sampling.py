@@ -20,7 +20,7 @@ from tests.conftest import PAD, text_batch, tiny_student
 FORMS = pytest.mark.parametrize("form", SAMPLERS)
 PATCHES = torch.cartesian_prod(*[torch.arange(3)] * 3)
 ROWS = 4000
-# what the batched form's docstring and docs/experiments.md promise of these distributions, in total variation
+# what the batched form's docstring promises, in total variation
 BATCHED_BIAS = 0.02
 
 
