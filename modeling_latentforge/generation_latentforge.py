@@ -5,7 +5,7 @@ backbone once per patch, so processors, stopping criteria and streamers work unc
 """
 
 import torch
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, StoppingCriteriaList
 
 from .cache_latentforge import LatentForgeCache
 from .latent_sampling import PatchSampling, check_patch_sampling
@@ -25,6 +25,17 @@ TOKEN_OPTIONS = {
 }
 
 
+class RememberedCriteria(StoppingCriteriaList):
+    """Stopping criteria that keep which rows `(B,)` they ended."""
+
+    rows: torch.Tensor | None = None
+
+    def __call__(self, input_ids, scores, **kwargs):
+        ended = super().__call__(input_ids, scores, **kwargs)
+        self.rows = ended if self.rows is None else self.rows | ended
+        return ended
+
+
 class LatentGenerationMixin(GenerationMixin):
     """`generate()` for students. Hooks `_sample`, `_prepare_generation_config`, `_prepare_cache_for_generation`
     (private in transformers: setup.cfg bounds the version).
@@ -41,11 +52,13 @@ class LatentGenerationMixin(GenerationMixin):
     token was taken and is no probability of the model. Processors that forbid tokens still do.
     """
 
-    def _prepare_generation_config(self, generation_config, **kwargs):
+    def _prepare_generation_config(self, generation_config, *args, **kwargs):
         given = {name: kwargs.pop(name) for name in PATCH_OPTIONS if name in kwargs}
-        result, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        result, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
         for name, default in PATCH_OPTIONS.items():
             stored = getattr(result, name, None)
+            if stored is None:
+                stored = getattr(self.generation_config, name, None)
             stored = default if stored is None else stored
             setattr(result, name, given.get(name, stored))
         return result, model_kwargs
@@ -70,6 +83,10 @@ class LatentGenerationMixin(GenerationMixin):
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         kwargs = self._with_grid(input_ids, generation_config, kwargs)
+        # without EOS the stock loop goes on writing rows that ended
+        if kwargs.get("patch_sampling") is not None and any(hasattr(x, "eos_token_id") for x in stopping_criteria):
+            stopping_criteria = criteria = RememberedCriteria(stopping_criteria)
+            kwargs["patch_sampling"] = kwargs["patch_sampling"]._replace(ended=lambda: criteria.rows)
         return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
 
     def _beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
@@ -139,7 +156,7 @@ class LatentGenerationMixin(GenerationMixin):
                 f"{asked}is for energy heads. With this regression head the tokens of a patch are independent given "
                 "its latent: `temperature`, `top_k`, `top_p` and greedy apply to each token exactly."
             )
-        check_patch_sampling(*sampling)
+        check_patch_sampling(*sampling[:3])
         if not generation_config.do_sample:
             raise ValueError(f"{asked}samples, and `do_sample` is False: set `do_sample=True`{off}")
         if generation_config.is_assistant:

@@ -442,11 +442,18 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         Its tokens get 0, all others what the latent that it was drawn from gives them, less `SURE`: a processor that
         forbids a sampled token leaves the next best of that latent.
         """
+        ended = None if sampling.ended is None else sampling.ended()
+        rows = torch.arange(len(condition), device=condition.device) if ended is None else (~ended).nonzero()[:, 0]
+        vocab_size, patch_size = self.config.vocab_size, self.config.patch_size
+        if not len(rows):
+            return condition.new_zeros(len(condition), patch_size, vocab_size, dtype=torch.float32)
         sample = SAMPLERS[sampling.form](
-            self.draws(condition), condition.shape[0], sampling.temperature, sampling.max_draws, condition.device
+            self.draws(condition[rows]), len(rows), sampling.temperature, sampling.max_draws, condition.device
         )
-        logits = sample.logits.float().log_softmax(-1) - SURE
-        return logits.scatter(2, sample.ids[..., None], 0.0)
+        logits = (sample.logits.float().log_softmax(-1) - SURE).scatter_(2, sample.ids[..., None], 0.0)
+        if len(rows) == len(condition):
+            return logits
+        return logits.new_zeros(len(condition), patch_size, vocab_size).index_copy_(0, rows, logits)
 
     # -- forward
 
