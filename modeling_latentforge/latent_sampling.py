@@ -285,7 +285,7 @@ def sample_batched(
     1 - nu^2 c^(nu - 1) / sum of weights; the weights are multiplied by its inverse, 1 + .... Draws go on until nu^2 /
     (sum of weights)^(1/nu), which bounds that term, is at most `enough`, and no more than a tenth of the weight is
     undecided. Needs about nu^2 / (enough (sum_x P^nu)^(1/nu)) draws; the total variation that is left is below 0.01
-    for whole 1/T and below 0.02 otherwise on the distributions of docs/experiments.md.
+    for whole 1/T and below 0.02 otherwise, on the distributions of docs/experiments.md and in rows that got so far.
 
     Rows with enough draws leave the batch. A row that reaches `max_draws` chooses with what it has, and if no patch
     came up n times, with the largest n' that one did: like CALM.
