@@ -5,15 +5,63 @@ backbone once per patch, so processors, stopping criteria and streamers work unc
 """
 
 import torch
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, StoppingCriteriaList
 
 from .cache_latentforge import LatentForgeCache
+from .latent_sampling import PatchSampling, check_patch_sampling
 from .modeling_autoencoder import check_token_ids
 
 
+# entries of a GenerationConfig that transformers does not know, and their defaults
+PATCH_OPTIONS = {"patch_temperature": None, "patch_sampling": "exact", "max_draws": 256}
+# a patch that is sampled whole leaves these nothing to choose from; the value that stock transformers takes for "off"
+TOKEN_OPTIONS = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+
+
+class RememberedCriteria(StoppingCriteriaList):
+    """Stopping criteria that keep which rows `(B,)` they ended."""
+
+    rows: torch.Tensor | None = None
+
+    def __call__(self, input_ids, scores, **kwargs):
+        ended = super().__call__(input_ids, scores, **kwargs)
+        self.rows = ended if self.rows is None else self.rows | ended
+        return ended
+
+
 class LatentGenerationMixin(GenerationMixin):
-    """`generate()` for students. Hooks `_sample`, `_prepare_cache_for_generation` (private in transformers: setup.cfg
-    bounds the version)."""
+    """`generate()` for students. Hooks `_sample`, `_prepare_generation_config`, `_prepare_cache_for_generation`
+    (private in transformers: setup.cfg bounds the version).
+
+    An energy head with a parallel decoder gives patches a distribution P(x) that no temperature on tokens sharpens.
+    For it `generate`, and a GenerationConfig, take three more options:
+
+        patch_temperature: T in (0, 1]; whole patches are drawn from P(x)^(1/T). None, the default: token by token from
+            the softmaxes of one latent, with the options of tokens.
+        patch_sampling: `exact`, or `batched`, nearly so and bounded; see `latent_sampling.py`.
+        max_draws: latents per patch at most, 256; `exact` then chooses like `batched`.
+
+    The loop, streamers and stopping criteria then see logits that are sure of the sampled patch: a score says which
+    token was taken and is no probability of the model. Processors that forbid tokens still do.
+    """
+
+    def _prepare_generation_config(self, generation_config, *args, **kwargs):
+        given = {name: kwargs.pop(name) for name in PATCH_OPTIONS if name in kwargs}
+        result, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        for name, default in PATCH_OPTIONS.items():
+            stored = getattr(result, name, None)
+            if stored is None:
+                stored = getattr(self.generation_config, name, None)
+            stored = default if stored is None else stored
+            setattr(result, name, given.get(name, stored))
+        return result, model_kwargs
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -35,6 +83,10 @@ class LatentGenerationMixin(GenerationMixin):
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         kwargs = self._with_grid(input_ids, generation_config, kwargs)
+        # without EOS the stock loop goes on writing rows that ended
+        if kwargs.get("patch_sampling") is not None and any(hasattr(x, "eos_token_id") for x in stopping_criteria):
+            stopping_criteria = criteria = RememberedCriteria(stopping_criteria)
+            kwargs["patch_sampling"] = kwargs["patch_sampling"]._replace(ended=lambda: criteria.rows)
         return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
 
     def _beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
@@ -43,6 +95,12 @@ class LatentGenerationMixin(GenerationMixin):
 
     def _assisted_decoding(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         kwargs = self._with_grid(input_ids, generation_config, kwargs)
+        if kwargs.get("patch_sampling") is not None:
+            raise ValueError(
+                f"`patch_temperature` ({kwargs['patch_sampling'].temperature}) samples whole patches whose "
+                "probability is not known, which the test of a draft needs: drop the draft, or pass "
+                "`patch_temperature=None`."
+            )
         return super()._assisted_decoding(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
 
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
@@ -78,7 +136,54 @@ class LatentGenerationMixin(GenerationMixin):
                 "Sampling from an energy head needs the cache: without it every token of a patch would be "
                 "decoded from another latent. Leave `use_cache` on, or set `do_sample=False`."
             )
+        if getattr(generation_config, "patch_temperature", None) is not None:
+            kwargs["patch_sampling"] = self._patch_sampling(input_ids, generation_config, kwargs)
         return kwargs
+
+    def _patch_sampling(self, input_ids, generation_config, kwargs: dict) -> PatchSampling:
+        """LatentForge specific: what `patch_temperature` asks for. Raises ValueError where it cannot be had."""
+        temperature = generation_config.patch_temperature
+        sampling = PatchSampling(temperature, generation_config.patch_sampling, generation_config.max_draws)
+        asked = f"`patch_temperature` ({temperature}) "
+        off = ", or pass `patch_temperature=None`."
+        if self.config.decoder_type != "parallel":
+            raise ValueError(
+                f"{asked}is for parallel decoders. This one is autoregressive and knows every token's probability: "
+                "use `temperature`, `top_k`, `top_p`, which are exact."
+            )
+        if not self.head.noise_size:
+            raise ValueError(
+                f"{asked}is for energy heads. With this regression head the tokens of a patch are independent given "
+                "its latent: `temperature`, `top_k`, `top_p` and greedy apply to each token exactly."
+            )
+        check_patch_sampling(*sampling[:3])
+        if not generation_config.do_sample:
+            raise ValueError(f"{asked}samples, and `do_sample` is False: set `do_sample=True`{off}")
+        if generation_config.is_assistant:
+            raise ValueError(
+                f"{asked}gives no distribution of the draft, which the test of a drafted sample needs: set it to None "
+                "in the draft's `generation_config`."
+            )
+        if generation_config.num_beams not in (None, 1):
+            raise ValueError(
+                f"{asked}samples one patch, and `num_beams` is {generation_config.num_beams}: set it to 1{off}"
+            )
+        for name, neutral in TOKEN_OPTIONS.items():
+            value = getattr(generation_config, name, None)
+            if value is not None and value != neutral:
+                raise ValueError(
+                    f"{asked}chooses whole patches and leaves `{name}` ({value}) nothing to choose: drop "
+                    f"the latter{off}"
+                )
+        cache, places = kwargs.get("past_key_values"), input_ids.shape[1] + kwargs["patch_offset"]
+        if isinstance(cache, LatentForgeCache) and cache.seq_length:
+            places = cache.lengths[0] + input_ids.shape[1] - cache.seq_length
+        if places % self.config.patch_size:
+            raise ValueError(
+                f"{asked}chooses whole patches, and the prompt ends after {places % self.config.patch_size} of the "
+                f"{self.config.patch_size} tokens of one: leave `patch_offset` and `past_key_values` out{off}"
+            )
+        return sampling
 
     def init_continuous_batching(self, *args, **kwargs):
         # a paged cache knows tokens only; the stock worker would log an error and return the bare prompts

@@ -153,9 +153,26 @@ class LatentForgeDecoder(nn.Module):
         self.token_blocks = _blocks(config, token_blocks)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        hidden = self.patch_blocks(self.from_latent(latents))
+    def patch_hidden(self, latents: torch.Tensor) -> torch.Tensor:
+        """`(..., D)` -> `(..., H)`, what all tokens of a patch share."""
+        return self.patch_blocks(self.from_latent(latents))
+
+    def tokens_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`(..., H)` -> `(..., K, H)`."""
         return self.norm(self.token_blocks(self.expand(hidden).unflatten(-1, (self.patch_size, -1))))
+
+    def token_hidden(self, hidden: torch.Tensor, place: int) -> torch.Tensor:
+        """`(..., H)` -> `(..., H)`, one token's of K."""
+        if type(self.expand) is nn.Linear:
+            size = self.expand.out_features // self.patch_size
+            part = slice(place * size, (place + 1) * size)
+            expanded = nn.functional.linear(hidden, self.expand.weight[part], self.expand.bias[part])
+        else:  # quantised or with an adapter: its weight is not to be cut
+            expanded = self.expand(hidden).unflatten(-1, (self.patch_size, -1))[..., place, :]
+        return self.norm(self.token_blocks(expanded))
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.tokens_hidden(self.patch_hidden(latents))
 
 
 class LatentForgeAutoencoder(CompleteCheckpointMixin, PreTrainedModel):

@@ -26,12 +26,16 @@ from transformers.utils import ModelOutput
 
 from .cache_latentforge import LatentForgeCache
 from .configuration_latentforge import LatentForgeConfig
-from .generation_latentforge import LatentGenerationMixin
+from .generation_latentforge import PATCH_OPTIONS, LatentGenerationMixin
+from .latent_sampling import SAMPLERS, LazyDraws, PatchSampling
 from .modeling_autoencoder import CompleteCheckpointMixin, LatentForgeAutoencoder, LatentForgeDecoder, check_token_ids
 from .modeling_latent_heads import HEADS
 from .modeling_patch_decoder import LatentForgePatchDecoder, LatentForgeShortConvolution
 from .modeling_token_loss import TokenLoss, token_loss
 
+
+# in logits: what exp() of it leaves is 0 in every dtype, and fp16 still holds it
+SURE = 2e4
 
 LOSS_PARTS = ("ce", "kd", "mse", "energy")
 
@@ -316,6 +320,9 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         )
 
     def save_pretrained(self, save_directory, **kwargs):
+        # with this mark, which transformers sets on its own, entries that it does not know are dropped when loaded
+        if any(getattr(self.generation_config, name, None) is not None for name in PATCH_OPTIONS):
+            self.generation_config._from_model_config = False
         # `register_for_auto_class` records one auto class per model class; AutoModel must find the student too
         if self.is_remote_code():
             reference = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
@@ -420,6 +427,34 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         decoder = self.decoder if self.config.train_decoder else self.autoencoder.decoder
         return decoder(latents.to(decoder.from_latent.weight.dtype)).flatten(1, 2)
 
+    def draws(self, condition: torch.Tensor) -> LazyDraws:
+        """Independent patches of a parallel decoder, given the conditions `(B, H)` of its rows."""
+
+        def sample_latents(condition: torch.Tensor, count: int) -> torch.Tensor:
+            return self.head.sample(condition, self.head.draw_noise((condition.shape[0], count), condition))
+
+        decoder = self.decoder if self.config.train_decoder else self.autoencoder.decoder
+        return LazyDraws(sample_latents, decoder, self.get_output_embeddings(), condition)
+
+    def _sampled_patch_logits(self, condition: torch.Tensor, sampling: PatchSampling) -> torch.Tensor:
+        """`(B, H)` -> logits `(B, K, V)` that are sure of one sampled patch.
+
+        Its tokens get 0, all others what the latent that it was drawn from gives them, less `SURE`: a processor that
+        forbids a sampled token leaves the next best of that latent.
+        """
+        ended = None if sampling.ended is None else sampling.ended()
+        rows = torch.arange(len(condition), device=condition.device) if ended is None else (~ended).nonzero()[:, 0]
+        vocab_size, patch_size = self.config.vocab_size, self.config.patch_size
+        if not len(rows):
+            return condition.new_zeros(len(condition), patch_size, vocab_size, dtype=torch.float32)
+        sample = SAMPLERS[sampling.form](
+            self.draws(condition[rows]), len(rows), sampling.temperature, sampling.max_draws, condition.device
+        )
+        logits = (sample.logits.float().log_softmax(-1) - SURE).scatter_(2, sample.ids[..., None], 0.0)
+        if len(rows) == len(condition):
+            return logits
+        return logits.new_zeros(len(condition), patch_size, vocab_size).index_copy_(0, rows, logits)
+
     # -- forward
 
     def forward(
@@ -437,6 +472,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         distillation: TokenLoss | None = None,
         output_logits: bool = True,
         inputs_embeds: torch.Tensor | None = None,
+        patch_sampling: PatchSampling | None = None,
         **kwargs,
     ) -> LatentForgeOutput:
         """Predict the next token at every position.
@@ -457,6 +493,8 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             distillation: teacher's loss per token (nats), see `modeling_token_loss`; part `kd`. Its index points into
                 the flattened `(B * T)` positions.
             output_logits: False, with labels: logits are never made whole.
+            patch_sampling: parallel decoders with a cache: the next patch is sampled here, and its tokens' logits are
+                sure of it. `generate(patch_temperature=...)` passes it.
 
         `loss` sums parts in nats per token; `mse` is the mean over D of the squared error to the codec's mean,
         `energy` the energy score, both of a patch and weighted by its predicted tokens.
@@ -483,7 +521,9 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         if use_cache and labels is None:
             cache = self._as_latentforge_cache(past_key_values)
             if cache.seq_length:
-                return self._forward_cached(input_ids, attention_mask, cache, logits_to_keep, sample_noise)
+                return self._forward_cached(
+                    input_ids, attention_mask, cache, logits_to_keep, sample_noise, patch_sampling
+                )
         else:
             if isinstance(past_key_values, LatentForgeCache) and past_key_values.seq_length:
                 raise ValueError(
@@ -501,6 +541,9 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             latents = self.sample_latents(conditions, sample_noise)
             hidden, inputs, windows, memory = self.decoder(grid.input_ids, grid.mask, latents, conditions)
             fill = partial(self._fill_cache, cache, grid, length, latents, inputs, windows, memory)
+        elif cache is not None and patch_sampling is not None:
+            hidden = None
+            fill = partial(self._fill_parallel_cache, cache, grid, length, None, patch_mask)
         elif cache is not None and not cache.is_recording and isinstance(logits_to_keep, int) and logits_to_keep == 1:
             latents = self.sample_latents(conditions[:, -1:], sample_noise)
             hidden = None
@@ -514,6 +557,8 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             fill()
             if cache.is_recording:
                 cache.record_prompt(fill)
+            if patch_sampling is not None:
+                cache.patch_logits = self._sampled_patch_logits(conditions[:, -1], patch_sampling)
 
         output = LatentForgeOutput(past_key_values=cache)
         if hidden is None:
@@ -679,7 +724,8 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             )
 
     def _fill_parallel_cache(self, cache, grid, length, vectors, patch_mask, removed: int = 0) -> None:
-        """`vectors` of all patches or of the last; `removed`: go back so many tokens from the end of the row."""
+        """`vectors` of all patches, of the last, or None where its logits come from elsewhere; `removed`: go back
+        so many tokens from the end of the row."""
         patch_size, places = self.config.patch_size, grid.input_ids.shape[1] - removed
         self._begin_cache(cache, grid, length - removed, [places] * grid.input_ids.shape[0])
         num_patches = places // patch_size
@@ -688,10 +734,14 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             cache.num_patches = cache.patch_mask.long().sum(1, keepdim=True)
         if removed:
             cache.backbone.crop(num_patches - int(cache.backbone.get_seq_length()))
+        if vectors is None:
+            return
         first = num_patches * patch_size if vectors.shape[1] > patch_size else 0
         cache.patch_logits = self.get_output_embeddings()(vectors[:, first : first + patch_size])
 
-    def _forward_cached(self, input_ids, attention_mask, cache, logits_to_keep, sample_noise) -> LatentForgeOutput:
+    def _forward_cached(
+        self, input_ids, attention_mask, cache, logits_to_keep, sample_noise, patch_sampling
+    ) -> LatentForgeOutput:
         mask = None
         if attention_mask is not None:
             mask = attention_mask[:, -input_ids.shape[1] :].bool()
@@ -703,11 +753,18 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         logits = []
         for column in range(input_ids.shape[1]):
             token_mask = None if mask is None else mask[:, column]
-            logits.append(self._step(input_ids[:, column], token_mask, cache, sample_noise))
+            # of the patches that a long input completes, only the last is still to be written
+            sampling = patch_sampling if input_ids.shape[1] - column <= self.config.patch_size else None
+            logits.append(self._step(input_ids[:, column], token_mask, cache, sample_noise, sampling))
         return LatentForgeOutput(logits=_kept(torch.cat(logits, dim=1), logits_to_keep), past_key_values=cache)
 
     def _step(
-        self, token: torch.Tensor, mask: torch.Tensor | None, cache: LatentForgeCache, sample_noise: bool
+        self,
+        token: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: LatentForgeCache,
+        sample_noise: bool,
+        patch_sampling: PatchSampling | None = None,
     ) -> torch.Tensor:
         """One token of each row, `(B,)` -> logits `(B, 1, V)`."""
         patch_size = self.config.patch_size
@@ -753,10 +810,13 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             patch_mask = None if cache.patch_mask is None else cache.patch_mask.long()
             condition = self.model(embeds, patch_mask, cache.num_patches, cache.backbone, use_cache=True)  # (B, 1, H)
             cache.num_patches = cache.num_patches + filled
-            latents = self.sample_latents(condition, sample_noise)
-            if self.config.decoder_type == "parallel":
+            if patch_sampling is not None:
+                cache.patch_logits = self._sampled_patch_logits(condition[:, 0], patch_sampling)
+            elif self.config.decoder_type == "parallel":
+                latents = self.sample_latents(condition, sample_noise)
                 cache.patch_logits = self.get_output_embeddings()(self._decode_parallel(latents))
             else:
+                latents = self.sample_latents(condition, sample_noise)
                 latent_embeds = self.decoder.embed_latents(latents)
                 cache.latent_embeds = (
                     torch.where(completed[..., None], latent_embeds, cache.latent_embeds) if ragged else latent_embeds
