@@ -81,7 +81,8 @@ class LatentGenerationMixin(GenerationMixin):
                 cache.activate_past_recording()  # before this wrapper there was only the backbone's
         return result
 
-    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, tokenizer=None, **kwargs):
+        # `tokenizer` (of `stop_strings`) is named: stock hands on to `forward` what a signature does not name
         kwargs = self._with_grid(input_ids, generation_config, kwargs)
         # without EOS the stock loop goes on writing rows that ended
         if kwargs.get("patch_sampling") is not None and any(hasattr(x, "eos_token_id") for x in stopping_criteria):
@@ -89,7 +90,9 @@ class LatentGenerationMixin(GenerationMixin):
             kwargs["patch_sampling"] = kwargs["patch_sampling"]._replace(ended=lambda: criteria.rows)
         return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
 
-    def _beam_search(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    def _beam_search(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, tokenizer=None, **kwargs
+    ):
         kwargs = self._with_grid(input_ids, generation_config, kwargs)
         return super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
 
