@@ -275,6 +275,10 @@ class SideBySide:
             files.append(Path(self.records_dir) / self.work_dir.name / f"{self.name(run)}.json")
         return files
 
+    def knows(self, run: Run) -> bool:
+        """Whether the run's figures are kept."""
+        return self._known(run) is not None
+
     def _known(self, run: Run) -> dict[str, Any] | None:
         for path in self._result_files(run):
             if path.exists():
