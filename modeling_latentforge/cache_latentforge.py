@@ -72,6 +72,9 @@ class LatentForgeCache(Cache):
         self.memory_mask: torch.Tensor | None = None
         self.latent_embeds: torch.Tensor | None = None
         self.patch_logits: torch.Tensor | None = None
+        self._forget()
+
+    def _forget(self) -> None:
         self._recorded: deque[tuple[dict[str, Any], int]] = deque(maxlen=self.MAX_RECORDED)
         # of the prompt: refills the fields as they were some tokens earlier
         self._refill_prompt: Callable[[int], None] | None = None
@@ -97,6 +100,10 @@ class LatentForgeCache(Cache):
         """From now on keep what [`crop`] needs; transformers asks for it before it drafts."""
         self.is_recording = True
         self.backbone.activate_past_recording()
+
+    def stop_recording(self) -> None:
+        self.is_recording = False
+        self._forget()
 
     def record(self) -> None:
         """Keep the state as it is, before another token is read."""
@@ -124,6 +131,8 @@ class LatentForgeCache(Cache):
                 f"number of -{self.seq_length} to 0."
             )
         if length == 0:
+            # `reset` alone keeps the slots, of zeros, on transformers 5.16
+            self.backbone.crop(-int(self.backbone.get_seq_length()))
             self.reset()
             return
         before = len(self._recorded) - removed
@@ -164,6 +173,7 @@ class LatentForgeCache(Cache):
 
     def _select_rows(self, select: Callable[[torch.Tensor], torch.Tensor], rows: list[int]) -> None:
         self.lengths = [self.lengths[row] for row in rows]
+        self._forget()  # what was recorded is of the rows before
         for name in (
             "pending_ids",
             "pending_mask",

@@ -14,7 +14,9 @@ def refuse_misspelt(kwargs: Mapping[str, object], fields: Iterable[str]) -> None
         ValueError: a key that is nearly a field.
     """
     for name in kwargs:
-        meant = [] if hasattr(PreTrainedConfig, name) else difflib.get_close_matches(name, list(fields), 1, 0.85)
+        # other special tokens' ids (`eot_token_id`) are near the known ones, and meant
+        known = hasattr(PreTrainedConfig, name) or name.endswith(("_token", "_token_id"))
+        meant = [] if known else difflib.get_close_matches(name, list(fields), 1, 0.85)
         if meant:
             raise ValueError(f"The config has no field `{name}` (value {kwargs[name]!r}): did you mean `{meant[0]}`?")
 

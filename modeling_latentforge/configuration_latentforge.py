@@ -145,8 +145,15 @@ class LatentForgeConfig(PreTrainedConfig):
         self.backbone_config = _build_backbone_config(self.backbone_config)
         for name, kind in (("autoencoder_config", LatentForgeAutoencoderConfig), ("head_config", LatentHeadConfig)):
             value = getattr(self, name)
-            if value is None or isinstance(value, dict):
-                setattr(self, name, kind(**(value or {})))
+            # a copy: sizes that follow from this backbone must not stay in a config that another student shares
+            filled = kind(**(value or {})) if value is None or isinstance(value, dict) else copy.deepcopy(value)
+            setattr(self, name, filled)
+        for name in ("patch_size", "latent_size", "vocab_size"):
+            if name in kwargs:
+                raise ValueError(
+                    f"`{name}` ({kwargs[name]}) is the codec's, here {getattr(self, name)}: give it to "
+                    "`autoencoder_config`."
+                )
         super().__post_init__(**kwargs)
         for part in (self.backbone_config, self.autoencoder_config, self.head_config):
             part._name_or_path = ""  # a folder of the machine that trained, which would travel with the weights
@@ -178,6 +185,14 @@ class LatentForgeConfig(PreTrainedConfig):
                 )
             if self.num_decoder_layers < 1:
                 raise ValueError(f"`num_decoder_layers` must be at least 1, got {self.num_decoder_layers}.")
+            for name in (
+                "decoder_hidden_size",
+                "decoder_num_heads",
+                "decoder_intermediate_size",
+                "decoder_output_size",
+            ):
+                if (getattr(self, name) or 0) < 1:
+                    raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
             if self.decoder_hidden_size % (2 * self.decoder_num_heads):
                 raise ValueError(
                     f"`decoder_hidden_size` ({self.decoder_hidden_size}) must be a multiple of twice "

@@ -66,7 +66,6 @@ class LatentGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
-        user_cache = model_kwargs.get("past_key_values")
         # LatentForge specific: the backbone's cache counts patches. Rows of a padded batch complete theirs at
         # different tokens, and each time takes a slot of all rows: then only the tokens bound their number.
         if batch_size == 1 or self.config.decoder_type == "parallel":
@@ -75,8 +74,8 @@ class LatentGenerationMixin(GenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         cache = model_kwargs.get("past_key_values")
-        if cache is not None and user_cache is None:
-            cache = model_kwargs["past_key_values"] = LatentForgeCache(cache)
+        if cache is not None:
+            cache = model_kwargs["past_key_values"] = self._as_latentforge_cache(cache)
             if generation_config.is_assistant:
                 cache.activate_past_recording()  # before this wrapper there was only the backbone's
         return result
@@ -104,7 +103,11 @@ class LatentGenerationMixin(GenerationMixin):
                 "probability is not known, which the test of a draft needs: drop the draft, or pass "
                 "`patch_temperature=None`."
             )
-        return super()._assisted_decoding(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        result = super()._assisted_decoding(
+            input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
+        )
+        kwargs["past_key_values"].stop_recording()  # it may be returned, and read on from without drafts
+        return result
 
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
         # LatentForge specific: another model knows no grid, and a student lays its own
@@ -113,7 +116,10 @@ class LatentGenerationMixin(GenerationMixin):
 
     def _with_grid(self, input_ids, generation_config, kwargs: dict) -> dict:
         """LatentForge specific: what `forward` must be told at every token of one `generate`."""
-        check_token_ids(input_ids, self.config.vocab_size)
+        mask = kwargs.get("attention_mask")
+        masked = mask is not None and mask.shape == input_ids.shape
+        # an id under the mask may be any: nothing reads it
+        check_token_ids(input_ids.masked_fill(mask == 0, 0) if masked else input_ids, self.config.vocab_size)
         backbone_limit = getattr(self.config.backbone_config, "max_position_embeddings", None)
         if backbone_limit and input_ids.shape[1] > backbone_limit * self.config.patch_size:
             raise ValueError(
@@ -121,7 +127,6 @@ class LatentGenerationMixin(GenerationMixin):
                 f"{self.config.patch_size}, {backbone_limit * self.config.patch_size} tokens: shorten the prompt."
             )
         kwargs = dict(kwargs)
-        mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2:
             empty = [row for row, tokens in enumerate(mask[:, : input_ids.shape[1]].sum(1).tolist()) if not tokens]
             if empty:

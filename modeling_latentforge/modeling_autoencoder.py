@@ -216,7 +216,7 @@ class LatentForgeAutoencoder(CompleteCheckpointMixin, PreTrainedModel):
     def encode(self, input_ids: torch.LongTensor) -> LatentForgeAutoencoderEncoding:
         """`(B, T)` ids -> posterior mean and log standard deviation, `(B, N, D)`. In training, tokens are dropped
         (`token_dropout`)."""
-        if not input_ids.is_cuda:  # there a look at the values waits for the device
+        if input_ids.device.type == "cpu":  # elsewhere a look at the values waits for the device
             check_token_ids(input_ids, self.config.vocab_size)
         embeds = self.embed_tokens(self.to_patches(input_ids))  # (B, N, K, H)
         if self.training and self.config.token_dropout:

@@ -532,10 +532,12 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 )
             cache = None
 
-        if not input_ids.is_cuda:  # there a look at the values waits for the device; `generate` looks once
-            check_token_ids(input_ids, self.config.vocab_size)
         length = input_ids.shape[1]
+        if not input_ids.numel():
+            check_token_ids(input_ids, self.config.vocab_size)
         grid = self._lay_out(input_ids, attention_mask, patch_offset)
+        if input_ids.device.type == "cpu":  # elsewhere a look at the values waits for the device; `generate` looks
+            check_token_ids(grid.input_ids, self.config.vocab_size)
         conditions, patch_mask = self._conditions(grid, None if cache is None else cache.backbone, cache is not None)
         if self.config.decoder_type == "autoregressive":
             latents = self.sample_latents(conditions, sample_noise)

@@ -31,7 +31,7 @@ BESIDE = (
     "chat_template.jinja vocab.* merges.txt *.model"
 ).split()
 
-# run with -I: neither the folder it starts in nor PYTHONPATH; an editable installation needs its names blocked
+# run in an empty folder without PYTHONPATH; an installation of ours needs its names blocked
 CLEAN_LOAD = """
 import sys
 class Blocked:
@@ -343,14 +343,14 @@ def verify(arguments: PushArguments, checked: Checked, revision: str, token: str
     """
     with tempfile.TemporaryDirectory(prefix="latentforge-verify-") as empty:
         environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
             "HF_TOKEN": token or "",  # not an argument: a command line is open to every user of the machine
             "HF_HUB_CACHE": f"{empty}/hub",
             "HF_MODULES_CACHE": f"{empty}/modules",
         }
         arguments_of_code = [arguments.repo_id, revision, checked.auto_class, "yes" if checked.has_tokenizer else ""]
         done = subprocess.run(
-            [sys.executable, "-I", "-c", CLEAN_LOAD, *arguments_of_code],
+            [sys.executable, "-c", CLEAN_LOAD, *arguments_of_code],
             cwd=empty,
             env=environment,
             capture_output=True,

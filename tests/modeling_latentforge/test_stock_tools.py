@@ -7,6 +7,7 @@ from threading import Thread
 import peft
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -18,7 +19,7 @@ from transformers import (
     set_seed,
 )
 
-from modeling_latentforge import LatentForgeConfig, LatentForgeForCausalLM
+from modeling_latentforge import LatentForgeConfig, LatentForgeForCausalLM, LatentHeadConfig
 from tests.conftest import HEAD_DECODER, PAD, VOCAB, text_batch, tiny_autoencoder, tiny_student
 from tests.trainers.training_helpers import byte_tokenizer
 
@@ -207,6 +208,18 @@ def test_prompts_that_cannot_be_read_are_refused_with_the_remedy(ids, message):
             tiny_autoencoder()(ids)
 
 
+@DECODERS
+def test_an_id_under_the_mask_may_be_any(decoder):
+    """A pad token that was added to the tokenizer later has an id that the model does not know."""
+    student, ids = tiny_student("regression", decoder), text_batch(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    padded, strange = ids.masked_fill(mask == 0, PAD), ids.masked_fill(mask == 0, VOCAB)
+    assert torch.equal(student(strange, attention_mask=mask).logits, student(padded, attention_mask=mask).logits)
+    made = _generate(student, strange, attention_mask=mask)
+    assert torch.equal(made[:, 6:], _generate(student, padded, attention_mask=mask)[:, 6:])
+
+
 # -- loading
 
 
@@ -246,6 +259,22 @@ def test_a_misspelt_field_is_refused_in_code_and_in_a_file(folder):
     with pytest.raises(ValueError, match="did you mean `decoder_type`"):
         LatentForgeConfig(decoder_typ="parallel")
     assert LatentForgeConfig(note_of_mine="kept").note_of_mine == "kept"
+    assert LatentForgeConfig(eot_token_id=3).eot_token_id == 3  # near `eos_token_id`, and meant
+    with pytest.raises(ValueError, match="`patch_size` .16. is the codec's, here 8: give it to `autoencoder_config`"):
+        LatentForgeConfig(patch_size=16)
+    with pytest.raises(StrictDataclassClassValidationError, match="`decoder_num_heads` must be at least 1, got 0"):
+        LatentForgeConfig(decoder_num_heads=0)
+
+
+def test_students_do_not_write_into_a_config_they_share():
+    """The second would get the first one's sizes."""
+    head = LatentHeadConfig()
+    small, large = ({"hidden_size": size, "num_attention_heads": 2, "intermediate_size": 64} for size in (32, 64))
+    widths = [
+        LatentForgeConfig(backbone_config=backbone, head_config=head).head_config.intermediate_size
+        for backbone in (small, large)
+    ]
+    assert widths == [64, 128] and head.intermediate_size is None
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
