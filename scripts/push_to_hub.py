@@ -300,7 +300,7 @@ def push(arguments: PushArguments, checked: Checked, card: str, token: str | Non
             "settings first, or drop --private."
         )
     contents: dict[str, Any] = {name: checked.folder / name for name in checked.files}
-    contents |= {"README.md": card.encode(), "config.json": public_config(checked.folder / "config.json")}
+    contents["README.md"] = card.encode()
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
     # a loader prefers model.safetensors to shards: what an earlier upload left would win over this one
     stale = [name for name in api.list_repo_files(**branch) if _is_weights(name) and name not in checked.files]
@@ -316,19 +316,6 @@ def push(arguments: PushArguments, checked: Checked, card: str, token: str | Non
             "README.md, or pass another --license."
         ) from error
     return commit.oid, commit.commit_url
-
-
-def public_config(path: Path) -> bytes:
-    """A configuration without the folders of this machine that its parts were once loaded from."""
-    from trainers.model_card import hub_id
-
-    def cleaned(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: cleaned(part) for name, part in value.items() if name != "_name_or_path" or hub_id(part)}
-
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    return (json.dumps(cleaned(fields), indent=2, sort_keys=True) + "\n").encode()
 
 
 def _is_weights(name: str) -> bool:

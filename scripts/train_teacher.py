@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     from transformers import AutoTokenizer, set_seed
 
     from trainers.arguments import parse_arguments
+    from trainers.base_trainer import end_training
     from trainers.data import DataArguments, PatchCollator, load_blocks
     from trainers.evaluation.likelihood import held_out_likelihood
     from trainers.token_lm import TokenLMConfig, TokenLMTrainer, build_token_lm
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         trainer.save_metrics("eval", metrics)
         print(f"{model.num_parameters() / 1e6:.2f} M parameters; held-out:", metrics)
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    end_training(trainer.accelerator)
     return metrics
 
 

@@ -4,6 +4,7 @@ that own a resource."""
 import logging
 import math
 import os
+import time
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -64,6 +65,16 @@ class LatentTrainingConfig(TrainingArguments):
         for the last in `output_dir`."""
         value = self.resume_from_checkpoint
         return {"true": True, "false": None}.get(str(value).lower(), value)
+
+
+def end_training(accelerator: Any) -> None:
+    """Finish trackers and leave the process group; the last line of a script, for every process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # gloo's thread still holds the last collective's tensors, and needs Python's lock to let them go, while
+        # destroying the group joins that thread with the lock held: a process that comes here at once hangs for good
+        # (seen in torch 2.13). Asleep, it leaves the lock to the thread.
+        time.sleep(1.0)
+    accelerator.end_training()
 
 
 class LatentTrainer(Trainer):
@@ -271,6 +282,10 @@ class LatentTrainer(Trainer):
         dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
         values = torch.tensor([self._eval_sums[name] for name in names], dtype=dtype, device=self.args.device)
         return dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
+
+    def end(self) -> None:
+        """As in transformers: the last line of a script, for every process."""
+        end_training(self.accelerator)
 
     # -- card
 

@@ -132,11 +132,8 @@ def test_what_lies_on_the_hub_is_the_model_and_nothing_else_of_the_folder(traine
     there = {path.name for path in folder.iterdir()}
     assert (source / "training_args.bin").exists() and not there & {"training_args.bin", "trainer_state.json"}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "modeling_latentforge.py"} <= there
-    for name in ("model.safetensors", "tokenizer.json", "modeling_token_loss.py"):
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "modeling_token_loss.py"):
         assert (folder / name).read_bytes() == (source / name).read_bytes()
-    sent, kept = (json.loads((place / "config.json").read_text()) for place in (folder, source))
-    origins = [kept[f"{part}_config"].pop("_name_or_path", "") for part in ("autoencoder", "backbone", "head")]
-    assert origins[0] == str(trained / "codec") and sent == kept
     # weights went as large files, and no text holds a folder of this machine
     assert [path.read_bytes() for path in (hub.root / "lfs").iterdir()] == [
         (folder / "model.safetensors").read_bytes()
