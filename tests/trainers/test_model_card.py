@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from setuptools import build_meta
 from transformers import LlamaConfig
 
 from tests.conftest import tiny_autoencoder, tiny_student
@@ -163,7 +164,6 @@ def test_other_models_have_no_card_here():
 
 def test_the_templates_are_in_the_installed_package(tmp_path, monkeypatch):
     """From a wheel, training would end in `template not found`, hours after it began."""
-    build_meta = pytest.importorskip("setuptools.build_meta")
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     for path in [*ROOT.glob("trainers/**/*.py"), *ROOT.glob("model_cards/*")]:

@@ -4,6 +4,7 @@ The speed rows compare random weights: the time of a step does not depend on wha
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -292,8 +293,6 @@ def patch_sampling_speed(context: Context) -> Measured:
 
 def stock_tools(context: Context) -> Measured:
     """The tests behind every line of docs/stock_tools.md."""
-    import sys
-
     folder = "tests/modeling_latentforge/"
     files = [folder + name for name in ("test_stock_tools.py", "test_drafting.py", "test_remote_code.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
