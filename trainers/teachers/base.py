@@ -143,15 +143,22 @@ def _identity(logits: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class SparseSignal(TeacherSignal):
-    """The k most likely ids per token; the mass of all others is implied (`1 - sum`), never renormalised away.
+    """A few ids per token: the k most likely, the mass of all others implied (`1 - sum`), never renormalised away; or
+    an exact head and a sampled tail.
 
     Args:
         top_ids: `(B, T, k)`.
         top_logprobs: `(B, T, k)`, at temperature 1; values <= -1e3 (or NaN) mark absent entries.
         vocab_size, num_tokens, tokenizer_id, positions: see [`TeacherSignal`].
+        num_draws: how many of the k, the last ones, are draws with replacement from the ids outside the first k -
+            num_draws. Each holds the logarithm of its share of their mass, log(residual / num_draws), so that any sum
+            over the entries estimates the sum over the vocabulary without bias. 0: all are the most likely ids.
+        entropy: `(B, T)` nats, of the teacher's whole distribution; needed with draws, whose own probabilities are not
+            kept, to give a divergence and not only a cross-entropy.
 
     Raises:
-        ValueError: unequal shapes, or a temperature other than 1 (vLLM, for one, ignores it for given tokens).
+        ValueError: unequal shapes, draws without entropy, or a temperature other than 1 (vLLM, for one, ignores it for
+            given tokens).
     """
 
     top_ids: torch.Tensor
@@ -161,6 +168,8 @@ class SparseSignal(TeacherSignal):
     temperature: float = 1.0
     tokenizer_id: str | None = None
     positions: torch.Tensor | None = None
+    num_draws: int = 0
+    entropy: torch.Tensor | None = None
 
     def __post_init__(self):
         if self.top_ids.shape != self.top_logprobs.shape or self.top_ids.ndim != 3:
@@ -201,6 +210,23 @@ class TeacherCapabilities:
     scores_given_tokens: bool = True
     any_temperature: bool = True
     remote: bool = False
+
+
+@dataclass(frozen=True)
+class TeacherIdentity:
+    """What a stored answer depends on, whoever carried it here: two teachers with equal identities may share a store.
+
+    Attributes:
+        name: Hub id or directory's content hash; never a URL, a machine's path or a key.
+        revision: resolved commit of the weights, or what the user declares for a server that cannot tell.
+        numerics: `float32`, `bfloat16`, `fp8`, `awq`, ...: of the weights and the forward pass.
+        tokenizer: hash of [`tokenizer_fingerprint`].
+    """
+
+    name: str
+    revision: str
+    numerics: str
+    tokenizer: str
 
 
 @runtime_checkable
