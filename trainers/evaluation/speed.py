@@ -235,7 +235,7 @@ def module_calls(model: Any) -> list[tuple[Any, str]]:
         return [(model.base_model, "forward"), output]
     calls = [(model, "_embed_patches"), (model.model, "forward"), (model, "sample_latents"), output]
     if model.config.decoder_type == "parallel":
-        return [*calls, (model, "_decode_parallel")]
+        return [*calls, (model, "_decode_parallel"), (model, "_patch_logits")]
     return [*calls, *((model.decoder, part) for part in ("forward", "step", "embed_latents", "memory_of"))]
 
 
