@@ -5,9 +5,11 @@ The speed rows compare random weights: the time of a step does not depend on wha
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data import DataArguments, load_blocks
@@ -90,26 +92,49 @@ def cache_memory(context: Context) -> Measured:
 # -- drafting
 
 
+def _demo_folder(context: Context) -> Path:
+    """Of a trained demo: the user's, else the one that the topic `main` trained."""
+    for folder in (
+        ROOT / "runs" / "demo",
+        context.shared_dir.parent / "main" / "demo" / "clone" / "runs" / "demo",
+    ):
+        if (folder / "student" / "config.json").exists():
+            return folder
+    raise FileNotFoundError("no trained demo: `make demo` first")
+
+
+def _token_draft(context: Context, demo: Path) -> Path:
+    """A token LM with as many layers as the student's backbone and decoder together, of its width, trained on its
+    blocks for its steps."""
+    folder = context.work_dir / "token_draft"
+    if not (folder / "config.json").exists():
+        recipe = yaml.safe_load((ROOT / "scripts" / "configs" / "demo.yaml").read_text(encoding="utf-8"))
+        own = ("decoder_type", "ce_weight", "kd_weight")
+        flags = {name: value for name, value in (recipe["text"] | recipe["student"]).items() if name not in own}
+        flags |= {"num_hidden_layers": flags["num_hidden_layers"] + 1, "patch_size": recipe["patch_size"]}
+        flags |= {"data": recipe["data"], "tokenizer": str(demo / "tokenizer"), "seed": recipe["seed"]}
+        command = [sys.executable, str(ROOT / "scripts" / "train_teacher.py"), "--output_dir", str(folder)]
+        run_or_tell([*command, *(part for name, value in flags.items() for part in (f"--{name}", str(value)))])
+    return folder
+
+
 def lossless_greedy(context: Context) -> Measured:
-    """The demo's teacher, drafted for by its student, on held-out prompts of any length."""
-    folder = ROOT / "runs" / "demo"
-    if not (folder / "student" / "config.json").exists():
-        folder = context.shared_dir.parent / "main" / "demo" / "clone" / "runs" / "demo"
-    if not (folder / "student" / "config.json").exists():
-        raise FileNotFoundError("no trained demo: `make demo` first")
-    teacher, student = (AutoModelForCausalLM.from_pretrained(folder / name).eval() for name in ("teacher", "student"))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    """The demo's teacher, drafted for by its student and by a token LM of equal size, on held-out prompts of any
+    length."""
+    demo = _demo_folder(context)
+    folders = {"teacher": demo / "teacher", "student": demo / "student", "token draft": _token_draft(context, demo)}
+    models = {name: AutoModelForCausalLM.from_pretrained(folder).eval() for name, folder in folders.items()}
+    tokenizer = AutoTokenizer.from_pretrained(demo / "student")
     arguments = DataArguments(block_size=1024, max_eval_tokens=2**18, max_train_tokens=1024)
     _, held_out = load_blocks(arguments, tokenizer, 8, seed=0)
     prompts = [torch.tensor([held_out[number % len(held_out)]["input_ids"][: 8 + number]]) for number in range(200)]
-    found = drafting_speed(teacher, {"student": student}, prompts)
-    drafted = found["student"]
-    rates = "; ".join(f"{name} {values['tokens_per_second']:.0f} tokens/s" for name, values in found.items())
-    figure = (
-        f"{drafted['equal']} of 200 texts equal; {drafted['tokens_per_teacher_step']:.2f} tokens a teacher step with "
-        f"the student; {rates}"
+    found = drafting_speed(models.pop("teacher"), models, prompts)
+    rates = "; ".join(
+        f"{name} {values['tokens_per_second']:.0f} tokens/s, {values['tokens_per_teacher_step']:.2f} a teacher step"
+        for name, values in found.items()
     )
-    return Measured(figure, drafted["equal"] == 200, found)
+    equal = found["student"]["equal"]
+    return Measured(f"{equal} of 200 texts equal; {rates}", equal == 200, found)
 
 
 # -- likelihood-free sampling
@@ -197,7 +222,8 @@ ROWS = [
         "teacher.generate(assistant_model=student), greedy, against the teacher alone",
         "200 of 200 texts equal",
         lossless_greedy,
-        setup="the demo's teacher and student; held-out prompts of 8 to 207 tokens, 32 new tokens",
+        setup="the demo's teacher, its student, a token LM of 5 x 256 on the student's text and steps; held-out "
+        "prompts of 8 to 207 tokens, 32 new tokens",
     ),
     Row(
         "patch_sampling_variation",
