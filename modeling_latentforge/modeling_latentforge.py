@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .cache_latentforge import LatentForgeCache
 from .configuration_latentforge import LatentForgeConfig
@@ -33,6 +33,8 @@ from .modeling_latent_heads import HEADS
 from .modeling_patch_decoder import LatentForgePatchDecoder, LatentForgeShortConvolution
 from .modeling_token_loss import TokenLoss, token_loss
 
+
+logger = logging.get_logger(__name__)
 
 # in logits: what exp() of it leaves is 0 in every dtype, and fp16 still holds it
 SURE = 2e4
@@ -115,6 +117,16 @@ class LatentForgePreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    # fewer bits are for the backbone, where most weights are: token losses read the output matrix as it is, and the
+    # codec is one for all students
+    _keep_unquantized = (
+        "model.patch_embedding",
+        "model.latent_projection",
+        "head",
+        "decoder",
+        "lm_head",
+        "autoencoder",
+    )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -512,6 +524,19 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         if unknown - HARMLESS_KEYWORDS:
             raise TypeError(
                 f"LatentForgeForCausalLM.forward() knows no {', '.join(sorted(unknown - HARMLESS_KEYWORDS))}."
+            )
+        if (
+            sample_noise is None
+            and labels is None
+            and past_key_values is None
+            and self.config.decoder_type == "parallel"
+            and self.head.noise_size
+            and not (self.training or torch.compiler.is_compiling())
+        ):
+            logger.warning_once(
+                "Logits of a parallel decoder with an energy head are taken at the centre of its noise: they are "
+                "those of greedy decoding, and no likelihood of what sampling writes, which can be drawn from and not "
+                "computed. Judge samples instead (Brier scores), or pass `sample_noise=False` where this is meant."
             )
         sample_noise = self.training if sample_noise is None else sample_noise
         # Trainer switches off only the top config's use_cache: no cache is built while learning
