@@ -30,7 +30,7 @@ from .generation_latentforge import PATCH_OPTIONS, LatentGenerationMixin
 from .latent_sampling import SAMPLERS, LazyDraws, PatchSampling
 from .modeling_autoencoder import CompleteCheckpointMixin, LatentForgeAutoencoder, LatentForgeDecoder, check_token_ids
 from .modeling_latent_heads import HEADS
-from .modeling_patch_decoder import LatentForgePatchDecoder, LatentForgeShortConvolution
+from .modeling_patch_decoder import LatentForgePatchDecoder, LatentForgeShortConvolution, compact
 from .modeling_token_loss import TokenLoss, token_loss
 
 
@@ -710,13 +710,12 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         if min(lengths) == length:  # no row is padded
             lengths = lengths[0]
             cache.windows = [
-                (key[:, :, max(0, lengths - keep) : lengths], value[:, :, max(0, lengths - keep) : lengths])
-                for key, value in windows
+                tuple(compact(x[:, :, max(0, lengths - keep) : lengths]) for x in pair) for pair in windows
             ]
             num_patches = lengths // patch_size
             current = latents[:, num_patches, None]
             if memory is not None:
-                cache.memory = tuple(x[:, :, : num_patches + 1] for x in memory)
+                cache.memory = tuple(compact(x[:, :, : num_patches + 1]) for x in memory)
         else:
             self._check_full_attention()
             num_patches = latents.shape[1] - 1
@@ -815,9 +814,10 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 cache.pending_mask.scatter_(1, places, new[:, None])
         else:
             positions = cache.lengths[0]
-            cache.pending_ids[:, positions % patch_size] = token
+            # `select`, not an index: torch.compile would make one graph for every place in the patch
+            cache.pending_ids.select(1, positions % patch_size).copy_(token)
             if new is not None:
-                cache.pending_mask[:, positions % patch_size] = new
+                cache.pending_mask.select(1, positions % patch_size).copy_(new)
         cache.lengths = [length + 1 for length in cache.lengths]
         cache.seq_length += 1
         complete = [length % patch_size == 0 for length in cache.lengths]
@@ -855,7 +855,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                         cache.memory_mask = torch.cat([cache.memory_mask, completed], dim=1)
 
         if self.config.decoder_type == "parallel":
-            return cache.patch_logits[:, cache.lengths[0] % patch_size, None]
+            return cache.patch_logits.narrow(1, cache.lengths[0] % patch_size, 1)
 
         window_mask = None
         if cache.window_mask is not None:
