@@ -16,6 +16,7 @@ from ..data import DataArguments, load_blocks
 from ..verification import ROOT, Context, Measured, Row
 from .benchmark import SEED_BACKBONE, cache_growth, random_prompts, seed_backbone, seed_models, seed_student
 from .latent_sampling import sampling_speed, variation_table
+from .likelihood import held_out_likelihood
 from .rows_main import run_or_tell
 from .speed import decode_speed, drafting_speed, loop_overhead
 
@@ -179,6 +180,81 @@ def stock_tools(context: Context) -> Measured:
     return Measured(summary, True)
 
 
+# -- fewer bits
+
+
+def stored_bytes(module: torch.nn.Module) -> int:
+    """Bytes of all parameters, of quantised ones what they hold."""
+    total = 0
+    for parameter in module.parameters():
+        names = parameter.__tensor_flatten__()[0] if hasattr(parameter, "__tensor_flatten__") else None
+        parts = [parameter] if names is None else [getattr(parameter, name) for name in names]
+        total += sum(part.numel() * part.element_size() for part in parts)
+    return total
+
+
+def quantisation(context: Context) -> Measured:
+    """The demo's student, its backbone's weights in fp32, bf16, int8 and int4: held-out likelihood, speed, size."""
+    try:
+        from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise ImportError("this row needs torchao >= 0.18: pip install -e '.[dev]'") from error
+    folder = ROOT / "runs" / "demo"
+    if not (folder / "student" / "config.json").exists():
+        folder = context.shared_dir.parent / "main" / "demo" / "clone" / "runs" / "demo"
+    if not (folder / "student" / "config.json").exists():
+        raise FileNotFoundError("no trained demo: `make demo` first")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    arguments = DataArguments(block_size=1024, max_eval_tokens=2**16, max_train_tokens=1024)
+    _, held_out = load_blocks(arguments, tokenizer, 8, seed=0)
+    # torchao's defaults would change torch's settings for every form that is measured
+    int8 = Int8WeightOnlyConfig(set_inductor_config=False)
+    forms: dict[str, tuple[torch.dtype, Any]] = {
+        "fp32": (torch.float32, None),
+        "bf16": (torch.bfloat16, None),
+        "int8": (torch.float32, int8),
+        "int8, else bf16": (torch.bfloat16, int8),
+        "int4": (torch.float32, Int4WeightOnlyConfig(group_size=32, set_inductor_config=False)),
+        "int4 of the CPU": (torch.float32, PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False)),
+        "int4 of the CPU, else bf16": (
+            torch.bfloat16,
+            PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False),
+        ),
+    }
+    models: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, (dtype, config) in forms.items():
+        context.say(f"likelihood, {name}")
+        model = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=dtype).eval()
+        backbone = model.model.backbone
+        try:
+            if config is not None:
+                quantize_(backbone, config)
+            nll = held_out_likelihood(model, held_out)["nats_per_token"]
+        except (ImportError, NotImplementedError, RuntimeError, AssertionError) as error:
+            if config is None:
+                raise
+            found[name] = {"refused": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+            continue
+        models[name] = model
+        found[name] = {"nats_per_token": nll, "backbone_megabytes": stored_bytes(backbone) / 2**20}
+    ids = torch.as_tensor(held_out[0]["input_ids"][:16])[None]
+    for name, values in generation_speed(models, ids, new_tokens=128, repeats=5).items():
+        found[name] |= values
+    figure = "; ".join(
+        f"{name}: "
+        + (
+            f"no kernel ({values['refused']})"
+            if "refused" in values
+            else f"{values['nats_per_token']:.4f} nats, {values['tokens_per_second']:.0f} tokens/s, "
+            f"{values['backbone_megabytes']:.1f} MB"
+        )
+        for name, values in found.items()
+    )
+    return Measured(figure, True, found)
+
+
 SHAPE = "backbone 12 x 768, V=32000, random weights, fp32, all threads; decoder 1 x 256; greedy"
 ROWS = [
     Row(
@@ -245,5 +321,13 @@ ROWS = [
         "every test passes",
         stock_tools,
         setup="tiny models of random weights, on real text",
+    ),
+    Row(
+        "quantisation",
+        "the student's backbone in fp32, bf16, int8 and int4 weights: held-out NLL, decode tokens/s, its size",
+        "reported",
+        quantisation,
+        setup="the demo's student, 4 x 256, K=8; 65,536 held-out tokens; prompt 16, 128 new tokens, batch 1, greedy, "
+        "medians of 5; torchao, int4 in groups of 32",
     ),
 ]
