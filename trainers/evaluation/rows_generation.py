@@ -18,7 +18,7 @@ from .benchmark import SEED_BACKBONE, cache_growth, random_prompts, seed_backbon
 from .latent_sampling import sampling_speed, variation_table
 from .likelihood import held_out_likelihood
 from .rows_main import run_or_tell
-from .speed import decode_speed, drafting_speed, loop_overhead
+from .speed import decode_speed, drafting_speed, generation_speed, loop_overhead
 
 
 VOCAB_SIZE = SEED_BACKBONE["vocab_size"]
@@ -200,11 +200,7 @@ def quantisation(context: Context) -> Measured:
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ImportError("this row needs torchao >= 0.18: pip install -e '.[dev]'") from error
-    folder = ROOT / "runs" / "demo"
-    if not (folder / "student" / "config.json").exists():
-        folder = context.shared_dir.parent / "main" / "demo" / "clone" / "runs" / "demo"
-    if not (folder / "student" / "config.json").exists():
-        raise FileNotFoundError("no trained demo: `make demo` first")
+    folder = _demo_folder(context)
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     arguments = DataArguments(block_size=1024, max_eval_tokens=2**16, max_train_tokens=1024)
     _, held_out = load_blocks(arguments, tokenizer, 8, seed=0)
