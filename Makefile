@@ -25,6 +25,9 @@ MAX_TOKENS ?= 128
 MAX_NEW_TOKENS ?= $(MAX_TOKENS)
 TEMP ?= 0.8
 CHECKPOINTS ?= checkpoints
+PROMPTS_FILE ?= prompts.txt
+# flags of the benchmark; the whole grid of batches and prompts takes long on a CPU
+BENCH ?= --batch_sizes 1 8 --prompt_lengths 16 512
 # flags that are not variables here: its sections `autoencoder` and `student`
 RECIPE ?= scripts/configs/seed.yaml
 TOPIC ?= main
@@ -96,6 +99,11 @@ infer: setup $(CHECKPOINTS)/student/config.json ## continue a text (PROMPT MAX_N
 	$(BIN)/python scripts/infer.py --model $(CHECKPOINTS)/student --prompt="$$PROMPT_TEXT" \
 		--max_new_tokens "$(MAX_NEW_TOKENS)" --temperature "$(TEMP)"
 
+.PHONY: bench
+bench: setup $(CHECKPOINTS)/student/config.json $(if $(TEACHER),,$(CHECKPOINTS)/teacher/config.json) ## tables of speed and memory against the teacher, and samples (PROMPTS_FILE MAX_NEW_TOKENS BENCH)
+	$(BIN)/python scripts/bench.py --model $(CHECKPOINTS)/student --baseline "$(TEACHER_MODEL)" \
+		--prompts_file "$(PROMPTS_FILE)" --new_tokens "$(MAX_NEW_TOKENS)" $(BENCH)
+
 # what is missing is made, what is there is kept: train anew with `make train-ae` or `make train-student`
 $(CHECKPOINTS)/tokenizer/tokenizer.json: | setup
 	$(BIN)/python scripts/train_tokenizer.py --data="$$DATA_TEXT" --output_dir $(CHECKPOINTS)/tokenizer
@@ -152,3 +160,4 @@ help: ## this list
 	@echo
 	@echo "  variables      DATA=$$DATA_TEXT K=$(K) D=$(D) EPOCHS=$(EPOCHS) BATCH_SIZE=$(BATCH_SIZE) STEPS=$(STEPS) TEACHER=$(TEACHER)"
 	@echo "                 KD_W=$(KD_W) MSE_W=$(MSE_W) CE_W=$(CE_W) PROMPT=$$PROMPT_TEXT MAX_NEW_TOKENS=$(MAX_NEW_TOKENS) TEMP=$(TEMP) TORCH=$(TORCH)"
+	@echo "                 PROMPTS_FILE=$(PROMPTS_FILE) BENCH=$(BENCH)"

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .modeling_autoencoder import project_few
+
 
 # nu^2 over the nu-norm of the counts, at which the batched form has seen enough: an upper bound of the relative bias
 # that its weights then correct. 32 coinciding pairs at T = 0.5; measured in docs/experiments.md.
@@ -27,6 +29,7 @@ UNDECIDED = 0.1
 # An output matrix of 32000 x 512 takes as long for 32 vectors as for 16 (18 and 16 ms on one thread, measured): it is
 # read once.
 FIRST_BLOCK = 32
+SECTION = 256  # tokens
 
 
 class PatchSample(NamedTuple):
@@ -79,7 +82,7 @@ class LazyDraws:
 
     def token(self, states: torch.Tensor, place: int) -> torch.Tensor:
         """`(M, S)` -> one token `(M,)` each, drawn from the softmax of this place."""
-        return draw_tokens(self.output(self.decoder.token_hidden(states, place)))
+        return draw_tokens(project_few(self.output, self.decoder.token_hidden(states, place)))
 
     def whole(self, states: torch.Tensor) -> torch.Tensor:
         """`(M, S)` -> all tokens of each, `(M, K)`."""
@@ -92,10 +95,27 @@ class LazyDraws:
 
 def draw_tokens(logits: torch.Tensor) -> torch.Tensor:
     """`(M, V)` -> `(M,)`, a sample of each softmax from one uniform number: `multinomial` draws V of them."""
+    vocab_size = logits.shape[-1]
     probabilities = (logits.float() - logits.amax(-1, keepdim=True).float()).exp_()
-    cumulated = probabilities.cumsum(-1)
-    threshold = torch.rand_like(cumulated[:, :1]) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    # first the section that the number falls into, then the token: a running sum over all is the slowest part
+    if vocab_size % SECTION:
+        probabilities = nn.functional.pad(probabilities, (0, -vocab_size % SECTION))
+    sections = probabilities.unflatten(-1, (-1, SECTION))  # (M, C, .)
+    section, rest = _fall_into(sections.sum(-1).contiguous(), None)
+    token, _ = _fall_into(sections[torch.arange(len(logits), device=logits.device), section].contiguous(), rest)
+    return (section * SECTION + token).clamp(max=vocab_size - 1)
+
+
+def _fall_into(weights: torch.Tensor, number: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights `(M, C)` laid side by side and a number `(M, 1)`, by default uniform over all of them -> the index
+    `(M,)` of the one that it falls into, and how far, `(M, 1)`."""
+    cumulated = weights.cumsum(-1)
+    if number is None:
+        number = torch.rand_like(cumulated[:, :1]) * cumulated[:, -1:]
+    # inside, whatever the rounding: what has no weight is never met
+    number = number.clamp(min=0).minimum(cumulated[:, -1:] * (1 - 1e-6))
+    index = torch.searchsorted(cumulated, number, right=True)
+    return index[:, 0], number - (cumulated.gather(1, index) - weights.gather(1, index))
 
 
 def check_patch_sampling(temperature: float, form: str, max_draws: int) -> None:
@@ -294,12 +314,14 @@ def sample_batched(
     nu = n + a
     result = _Result(num_rows, device)
     pool = DrawPool(draw, torch.arange(num_rows, device=device))
+    block = 1 if nu == 1 else FIRST_BLOCK
+    goal = nu * math.log(nu**2 / enough)  # of the logarithm of the weights' sum
     while len(pool.rows):
-        pool.grow(min(1 if nu == 1 else max(FIRST_BLOCK, pool.count // 2), max_draws - pool.count))
+        pool.grow(min(block, max_draws - pool.count))
         sizes = _sizes(pool.keys(max(n, 2)))
         weights = log_falling_factorial(sizes, nu) - sizes.log()  # of a draw; a patch has c of them
         total = weights.logsumexp(1, keepdim=True)
-        met = total[:, 0] >= nu * math.log(nu**2 / enough)
+        met = total[:, 0] >= goal
         if a:
             met = met & (((weights - total).exp() * (sizes == n)).sum(1) <= UNDECIDED)
         if nu == 1:
@@ -310,6 +332,11 @@ def sample_batched(
             sizes = _sizes(finished.keys(2))  # where nothing came up n times
         result.put(finished, _pick(sizes, n, a), met[over])
         pool = pool.keep(left)
+        if len(left):
+            # the sum grows with the power nu of the draws: as many more as the nearest row needs. From none agreeing
+            # nothing follows but that it is far; a large block costs less a draw
+            further = pool.count * (((goal - total[left].amax()) / nu).clamp(max=math.log(4)).exp() - 1)
+            block = max(FIRST_BLOCK, pool.count // 2, int(further))
     return result.sample()
 
 

@@ -11,12 +11,15 @@ No attention: with it CALM's codec reconstructed better and was learnt worse (ar
 repository).
 """
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import ModelOutput
 
 from .configuration_autoencoder import LatentForgeAutoencoderConfig
@@ -64,14 +67,20 @@ class CompleteCheckpointMixin:
     """transformers fills weights that a checkpoint lacks with random numbers and a warning; here it is an error: half
     a codec, or a LoRA run's backbone, is no model."""
 
+    # what a `quantization_config` leaves as it is where it names nothing itself: first parts of modules' names
+    _keep_unquantized: tuple[str, ...] = ()
+
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers.
+        """As in transformers; a `quantization_config` that names no modules to leave leaves what [`_keep_unquantized`]
+        says.
 
         Raises:
             ValueError: the checkpoint lacks weights of the model, has others' shapes, or is damaged.
         """
         name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if kwargs.get("quantization_config") is not None and cls._keep_unquantized:
+            kwargs["quantization_config"] = cls._with_kept_modules(kwargs["quantization_config"])
         try:
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         except Exception as error:
@@ -93,6 +102,28 @@ class CompleteCheckpointMixin:
                 "checkpoint, one of an older version, or one taken during a LoRA run, whose final folder is complete."
             )
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _with_kept_modules(cls, config: Any) -> Any:
+        # not `_keep_in_fp32_modules`, which every quantiser reads too: in fp16 it would make them fp32
+        config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config)
+        for field in ("modules_to_not_convert", "llm_int8_skip_modules"):
+            if getattr(config, field, ()) is None:
+                setattr(config, field, list(cls._keep_unquantized))
+        return config
+
+
+def project_few(output: nn.Module, vectors: torch.Tensor) -> torch.Tensor:
+    """`(M, H)` -> `(M, V)`, possibly not contiguous, by an output matrix that is read for a few hundred rows at most.
+
+    On a CPU the large matrix stands on the left: 6.0 against 10.2 ms for 8 rows of 512 times 512 x 32000, 10.5 against
+    19.3 for 32, 44 against 60 for 200 (measured, two cores).
+    """
+    # neither adapter nor quantised
+    plain = type(output) is nn.Linear and type(output.weight) is nn.Parameter and output.bias is None
+    if vectors.device.type == "cpu" and plain and 1 < len(vectors) <= 256:
+        return (output.weight @ vectors.T).T
+    return output(vectors)
 
 
 class LatentForgeMLPBlock(nn.Module):

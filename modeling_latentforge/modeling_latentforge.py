@@ -22,17 +22,25 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .cache_latentforge import LatentForgeCache
 from .configuration_latentforge import LatentForgeConfig
 from .generation_latentforge import PATCH_OPTIONS, LatentGenerationMixin
 from .latent_sampling import SAMPLERS, LazyDraws, PatchSampling
-from .modeling_autoencoder import CompleteCheckpointMixin, LatentForgeAutoencoder, LatentForgeDecoder, check_token_ids
+from .modeling_autoencoder import (
+    CompleteCheckpointMixin,
+    LatentForgeAutoencoder,
+    LatentForgeDecoder,
+    check_token_ids,
+    project_few,
+)
 from .modeling_latent_heads import HEADS
-from .modeling_patch_decoder import LatentForgePatchDecoder, LatentForgeShortConvolution
+from .modeling_patch_decoder import LatentForgePatchDecoder, LatentForgeShortConvolution, compact
 from .modeling_token_loss import TokenLoss, token_loss
 
+
+logger = logging.get_logger(__name__)
 
 # in logits: what exp() of it leaves is 0 in every dtype, and fp16 still holds it
 SURE = 2e4
@@ -115,6 +123,16 @@ class LatentForgePreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    # fewer bits are for the backbone, where most weights are: token losses read the output matrix as it is, and the
+    # codec is one for all students
+    _keep_unquantized = (
+        "model.patch_embedding",
+        "model.latent_projection",
+        "head",
+        "decoder",
+        "lm_head",
+        "autoencoder",
+    )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -427,6 +445,11 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         decoder = self.decoder if self.config.train_decoder else self.autoencoder.decoder
         return decoder(latents.to(decoder.from_latent.weight.dtype)).flatten(1, 2)
 
+    def _patch_logits(self, vectors: torch.Tensor) -> torch.Tensor:
+        """`(B, K, hidden_size of the codec)` -> logits `(B, K, V)`."""
+        logits = project_few(self.get_output_embeddings(), vectors.flatten(0, 1))
+        return logits.contiguous().unflatten(0, vectors.shape[:2])
+
     def draws(self, condition: torch.Tensor) -> LazyDraws:
         """Independent patches of a parallel decoder, given the conditions `(B, H)` of its rows."""
 
@@ -512,6 +535,19 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         if unknown - HARMLESS_KEYWORDS:
             raise TypeError(
                 f"LatentForgeForCausalLM.forward() knows no {', '.join(sorted(unknown - HARMLESS_KEYWORDS))}."
+            )
+        if (
+            sample_noise is None
+            and labels is None
+            and past_key_values is None
+            and self.config.decoder_type == "parallel"
+            and self.head.noise_size
+            and not (self.training or torch.compiler.is_compiling())
+        ):
+            logger.warning_once(
+                "Logits of a parallel decoder with an energy head are taken at the centre of its noise: they are "
+                "those of greedy decoding, and no likelihood of what sampling writes, which can be drawn from and not "
+                "computed. Judge samples instead (Brier scores), or pass `sample_noise=False` where this is meant."
             )
         sample_noise = self.training if sample_noise is None else sample_noise
         # Trainer switches off only the top config's use_cache: no cache is built while learning
@@ -685,13 +721,12 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         if min(lengths) == length:  # no row is padded
             lengths = lengths[0]
             cache.windows = [
-                (key[:, :, max(0, lengths - keep) : lengths], value[:, :, max(0, lengths - keep) : lengths])
-                for key, value in windows
+                tuple(compact(x[:, :, max(0, lengths - keep) : lengths]) for x in pair) for pair in windows
             ]
             num_patches = lengths // patch_size
             current = latents[:, num_patches, None]
             if memory is not None:
-                cache.memory = tuple(x[:, :, : num_patches + 1] for x in memory)
+                cache.memory = tuple(compact(x[:, :, : num_patches + 1]) for x in memory)
         else:
             self._check_full_attention()
             num_patches = latents.shape[1] - 1
@@ -739,7 +774,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         if vectors is None:
             return
         first = num_patches * patch_size if vectors.shape[1] > patch_size else 0
-        cache.patch_logits = self.get_output_embeddings()(vectors[:, first : first + patch_size])
+        cache.patch_logits = self._patch_logits(vectors[:, first : first + patch_size])
 
     def _forward_cached(
         self, input_ids, attention_mask, cache, logits_to_keep, sample_noise, patch_sampling
@@ -790,9 +825,10 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 cache.pending_mask.scatter_(1, places, new[:, None])
         else:
             positions = cache.lengths[0]
-            cache.pending_ids[:, positions % patch_size] = token
+            # `select`, not an index: torch.compile would make one graph for every place in the patch
+            cache.pending_ids.select(1, positions % patch_size).copy_(token)
             if new is not None:
-                cache.pending_mask[:, positions % patch_size] = new
+                cache.pending_mask.select(1, positions % patch_size).copy_(new)
         cache.lengths = [length + 1 for length in cache.lengths]
         cache.seq_length += 1
         complete = [length % patch_size == 0 for length in cache.lengths]
@@ -816,7 +852,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 cache.patch_logits = self._sampled_patch_logits(condition[:, 0], patch_sampling)
             elif self.config.decoder_type == "parallel":
                 latents = self.sample_latents(condition, sample_noise)
-                cache.patch_logits = self.get_output_embeddings()(self._decode_parallel(latents))
+                cache.patch_logits = self._patch_logits(self._decode_parallel(latents))
             else:
                 latents = self.sample_latents(condition, sample_noise)
                 latent_embeds = self.decoder.embed_latents(latents)
@@ -830,7 +866,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                         cache.memory_mask = torch.cat([cache.memory_mask, completed], dim=1)
 
         if self.config.decoder_type == "parallel":
-            return cache.patch_logits[:, cache.lengths[0] % patch_size, None]
+            return cache.patch_logits.narrow(1, cache.lengths[0] % patch_size, 1)
 
         window_mask = None
         if cache.window_mask is not None:

@@ -18,6 +18,13 @@ from .modeling_autoencoder import LatentForgeMLPBlock
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
+def compact(x: torch.Tensor) -> torch.Tensor:
+    """A view that the next step reads, as a tensor of its own where torch.compile looks: it compiles again for every
+    other stride or offset."""
+    # `contiguous` leaves the strides of dimensions of size 1 as they are
+    return x.clone(memory_format=torch.contiguous_format) if torch.compiler.is_compiling() else x
+
+
 def rotary_angles(positions: torch.Tensor, head_size: int, dtype: torch.dtype) -> KeyValue:
     """`positions (...)` -> cosines and sines `(..., d / 2)` (RoFormer, arXiv 2104.09864). Computed on the fly: a
     non-persistent buffer would be uninitialised memory after `from_pretrained`."""
@@ -87,7 +94,7 @@ class LatentForgeShortConvolution(nn.Module):
     def step(self, x: torch.Tensor, recent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """One token `(B, 1, E)` after `recent (B, S - 1, E)` -> the same, and the next step's `recent`."""
         inputs = torch.cat([recent, x], dim=1)
-        return x + (inputs * self.weight).sum(1, keepdim=True), inputs[:, 1:]
+        return x + (inputs * self.weight).sum(1, keepdim=True), compact(inputs[:, 1:])
 
 
 class LatentForgeWindowAttention(nn.Module):
@@ -120,7 +127,8 @@ class LatentForgeWindowAttention(nn.Module):
         key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=past_mask)
         keep = max(0, key.shape[2] - (self.window - 1))
-        return self.o_proj(out.transpose(1, 2).flatten(2)), (key[:, :, keep:], value[:, :, keep:])
+        window = compact(key[:, :, keep:]), compact(value[:, :, keep:])
+        return self.o_proj(out.transpose(1, 2).flatten(2)), window
 
 
 class LatentForgeMemoryAttention(nn.Module):
@@ -270,7 +278,7 @@ class LatentForgePatchDecoder(nn.Module):
         """
         hidden = self.embed(token[:, None], None if mask is None else mask[:, None]) + latent_embeds
         if isinstance(positions, int):
-            hidden = hidden + self.embed_offset.weight[(positions + 1) % self.patch_size]
+            hidden = hidden + self.embed_offset.weight.select(0, (positions + 1) % self.patch_size)
             angles = self.single_angles(positions, hidden)
         else:
             hidden = hidden + self.embed_offset((positions + 1) % self.patch_size)[:, None]

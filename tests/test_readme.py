@@ -23,6 +23,7 @@ COVERED = {
     "make setup": "workflow",
     "make demo DATA= K= TEACHER=": "tests/scripts/test_demo.py::test_a_model_of_one_s_own_brings_its_tokenizer",
     ".venv/bin/python scripts/infer.py": "tests/scripts/test_demo.py::test_the_readme_s_commands_and_python_run",
+    ".venv/bin/python scripts/bench.py": "tests/scripts/test_demo.py::test_the_readme_s_commands_and_python_run",
     ".venv/bin/python scripts/train_student.py": "tests/test_readme.py::test_help_of_the_script_in_the_readme",
     ".venv/bin/python scripts/push_to_hub.py": (
         "tests/scripts/test_push_to_hub.py::test_the_readmes_command_uploads_and_sees_the_result_load"
@@ -30,6 +31,7 @@ COVERED = {
     "make train-ae DATA= K= D=": "tests/test_readme.py::test_the_make_targets_chain",
     "make train-student DATA= KD_W= MSE_W= CE_W=": "tests/test_readme.py::test_the_make_targets_chain",
     "make infer PROMPT= MAX_NEW_TOKENS= TEMP=": "tests/test_readme.py::test_the_make_targets_chain",
+    "make bench MAX_NEW_TOKENS=": "tests/test_readme.py::test_the_make_targets_chain",
 }
 
 
@@ -107,7 +109,8 @@ def test_help_lists_every_target_that_the_readme_names():
     text = make("help").stdout
     for target in set(re.findall(r"`make ([a-z0-9-]+)", README)):
         assert re.search(rf"^  {target} ", text, re.MULTILINE), target
-    for variable in "DATA K D EPOCHS BATCH_SIZE STEPS TEACHER KD_W MSE_W CE_W PROMPT MAX_NEW_TOKENS TEMP".split():
+    training = "DATA K D EPOCHS BATCH_SIZE STEPS TEACHER KD_W MSE_W CE_W"
+    for variable in f"{training} PROMPT MAX_NEW_TOKENS TEMP PROMPTS_FILE BENCH".split():
         assert f"{variable}=" in text, variable
 
 
@@ -199,3 +202,7 @@ def test_the_make_targets_chain(tmp_path: Path):
     assert config["patch_size"] == 4 and config["latent_size"] == 16
     again = make("infer", *common, "MAX_NEW_TOKENS=4")
     assert again.returncode == 0 and "train" not in again.stdout
+    flags = f"--repeats 1 --batch_sizes 1 --prompt_lengths 8 --output_dir {tmp_path}"
+    measured = make("bench", *common, "MAX_NEW_TOKENS=4", f"BENCH={flags}")
+    assert measured.returncode == 0, measured.stdout + measured.stderr
+    assert "| student |" in measured.stdout and len(list(tmp_path.glob("bench_*.json"))) == 1

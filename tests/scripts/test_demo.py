@@ -17,7 +17,7 @@ import pytest
 import yaml
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from scripts import demo, infer
+from scripts import bench, demo, infer
 from scripts.demo import DemoArguments, Stage, StageError, data_identity, plan, run_demo
 
 
@@ -245,6 +245,14 @@ def test_the_readme_s_commands_and_python_run_on_the_demo_s_folders(
     (command,) = re.findall(r"^\.venv/bin/python scripts/infer\.py (.*)$", readme, re.MULTILINE)
     infer.main(shlex.split(command.replace("runs/demo", finished[0].output_dir)))
     assert capsys.readouterr().out.startswith("def main(")
+
+    (command,) = re.findall(r"^\.venv/bin/python scripts/bench\.py (.*)$", readme, re.MULTILINE)
+    quick = (
+        "--tables decode memory drafting --batch_sizes 1 --prompt_lengths 8 --new_tokens 8 --repeats 1 --device cpu"
+    )
+    flags = f"{quick} --prompts_file {ROOT / 'prompts.txt'} --output_dir {tmp_path}"
+    kept = bench.main(shlex.split(f"{command.replace('runs/demo', finished[0].output_dir)} {flags}"))
+    assert "| student_parallel |" in capsys.readouterr().out and json.loads(kept.read_text())["finished"]
 
 
 @pytest.mark.slow

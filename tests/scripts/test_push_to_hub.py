@@ -355,3 +355,42 @@ def test_an_upload_that_does_not_load_is_reported_as_such(trained, hub, tmp_path
     assert push_to_hub.main(["--model", str(model), "--repo_id", "alice/codec"]) == 1
     said = one_line(capsys)
     assert "alice/codec is uploaded but does not load in a clean process" in said and "older version" in said
+
+
+def test_an_adapter_finds_its_student_on_the_hub(trained, hub, tmp_path):
+    """An adapter that names a folder, or whose student loads without its code, works for nobody but its author."""
+    assert push(trained / "student", "alice/student") == 0
+    code = """
+import sys, torch, peft, transformers
+from transformers import AutoModelForCausalLM
+there = {"trust_remote_code": True}
+ids = torch.arange(65, 77)[None]
+def write(model):
+    return model.eval().generate(ids, max_new_tokens=9, do_sample=False, output_logits=True,
+                                 return_dict_in_generate=True)
+base = AutoModelForCausalLM.from_pretrained("alice/student", **there)
+plain = write(base).logits[0]
+lora = peft.LoraConfig(r=2, target_modules=r"model\\.backbone\\..*\\.(q_proj|v_proj)", init_lora_weights=False)
+adapted = peft.get_peft_model(base, lora)
+expected = write(adapted)
+assert not torch.equal(expected.logits[0], plain)
+adapted.push_to_hub("alice/adapter")
+adapted.save_pretrained("adapter")
+found = {
+    "peft": peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("alice/student", **there),
+                                           "alice/adapter"),
+    "auto, hub": AutoModelForCausalLM.from_pretrained("alice/adapter", **there),
+    "auto, folder": AutoModelForCausalLM.from_pretrained("adapter", **there),
+}
+for name, model in found.items():
+    made = write(model)
+    assert torch.equal(made.sequences, expected.sequences), name
+    torch.testing.assert_close(made.logits, expected.logits, rtol=0, atol=1e-5)
+assert not any(name.startswith(("modeling_latentforge", "trainers")) for name in sys.modules)
+"""
+    done = clean_process(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    there = {path.name for path in hub.folder("alice/adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= there and "model.safetensors" not in there
+    config = json.loads((hub.folder("alice/adapter") / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "alice/student"
