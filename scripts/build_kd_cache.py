@@ -168,8 +168,7 @@ def copy(source: str, output: str) -> dict[str, Any]:
 
     shards, store = ParquetStore(source), SQLiteStore(output)
     with progress_bar(len(shards)) as bar:
-        rows = (bar.update() or row for row in shards.stream())
-        count = copy_rows(rows, store, shards.teacher, shards.shape)
+        count = copy_rows(shards.stream(), store, shards.teacher, shards.shape, bar.update)
     print(f"{output}: {count} rows from {source}, {shards.num_corrupt} damaged ones left out")
     store.close()
     return {"copied": count, "corrupt": shards.num_corrupt}

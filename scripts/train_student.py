@@ -188,8 +188,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     try:
         trainer.train(resume_from_checkpoint=training_args.checkpoint())
         metrics = trainer.evaluate()
-        if student_args.kd_cache is not None and owner is not None:
-            print(f"KD store {student_args.kd_cache}: {owner.teacher.statistics.describe()}")
+        if student_args.kd_cache is not None and teacher is not None:
+            print(f"KD store {student_args.kd_cache}: {teacher.statistics.describe()}")
     finally:
         if owner is not None:
             owner.close()

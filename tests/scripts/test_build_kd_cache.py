@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,18 @@ def test_a_second_run_asks_nobody_and_verifies(room, capsys):
     assert len(list((room / "shards" / "data").iterdir())) > 1
 
 
+def test_the_readmes_command_labels_a_data_set(room, tmp_path, monkeypatch):
+    """Copied from the README it must find the codec that its own targets have made."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^\.venv/bin/python scripts/build_kd_cache\.py (.*)$", readme, re.MULTILINE)
+    places = {"corpus.jsonl": f"{room}/text.jsonl", "checkpoints/ae": f"{room}/codec", "checkpoints": str(room)}
+    for name, place in places.items():
+        command = command.replace(name, place)
+    monkeypatch.chdir(tmp_path)
+    result = build_kd_cache.main(f"{command} --block_size 64 --cache_dir {room}/cache".split())
+    assert result["asked"] > 0 and len(SQLiteStore("cache/kd_cache.sqlite")) == result["asked"]
+
+
 def test_other_data_is_not_found(room, tmp_path):
     """Another data seed moves every block: the student must not train on the few rows that happen to fit."""
     with pytest.raises(Exception, match="lacks .* rows of this batch.*build_kd_cache.py"):
@@ -100,6 +113,7 @@ def test_flags_that_cannot_work_are_refused(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_store_goes_over_the_hub(room, tmp_path):
     """Labelled on one machine, trained on another: whole, by stream, and by what `datasets` alone makes of it."""
     copied = tmp_path / "copied.sqlite"

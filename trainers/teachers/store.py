@@ -230,6 +230,8 @@ class SQLiteStore(KDStore):
         if self.writable:
             # the log is folded into the file every 16 MB, not every 4: each time both are synced
             connection.execute("PRAGMA wal_autocheckpoint=4000")
+        else:
+            connection.execute(f"PRAGMA mmap_size={2**31 - 2**16}")  # SQLite's own limit; the rest is read as usual
 
     def _create(self, connection: sqlite3.Connection) -> None:
         deadline = time.monotonic() + self.timeout
@@ -438,7 +440,7 @@ def _serving(shape: Shape) -> tuple[str, tuple[int, ...]]:
     if shape.num_draws:
         where = "num_exact = ? AND num_draws = ? AND draw_seed = ?"
         return f"SELECT {{}} FROM rows WHERE key = ? AND {where}", astuple(shape)
-    where = "num_exact >= ? ORDER BY num_exact + num_draws LIMIT 1"
+    where = "num_exact >= ? ORDER BY num_exact LIMIT 1"  # the index's own order: nothing is sorted
     return f"SELECT {{}} FROM rows WHERE key = ? AND {where}", (shape.num_exact,)
 
 

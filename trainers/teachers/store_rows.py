@@ -128,9 +128,10 @@ class StoredRow:
         Rounded to fp16 a probability of one half may be off by 1e-4, as much as a confident teacher's whole tail: the
         entries are moved together, by less than their rounding, so that what they leave of 1 is right again.
         """
-        logprobs = self.top_logprobs.astype(np.float32)
+        # in one order of memory: sums are rounded by it, and a row that was read must equal the one that was written
+        logprobs = self.top_logprobs.astype(np.float32, order="C")
         mass = np.exp(logprobs).sum(-1, keepdims=True)
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             left = -np.expm1(self.tail.astype(np.float32))[:, None]
             shift = np.log(left) - np.log(mass)
         # nothing to move where the teacher said nothing; what is further off than rounding was no distribution
