@@ -53,6 +53,7 @@ def tiny_token_lm(folder: Path, vocab_size: int = 4096, steps: int = 150) -> Pat
             learning_rate=3e-3,
             save_strategy="no",
             report_to="none",
+            disable_tqdm=True,
             use_cpu=True,
             seed=0,
         )
