@@ -7,6 +7,8 @@
         --autoencoder checkpoints/ae --teacher meta-llama/Llama-3.2-1B --output_dir checkpoints/student --bf16
     python scripts/train_student.py --data corpus.jsonl --autoencoder checkpoints/ae --teacher Qwen/Qwen3-0.6B-Base \\
         --init_from_teacher --layers 0,2,4,6,8,10,12,14 --lora_r 16 --output_dir checkpoints/student
+    python scripts/train_student.py --data corpus.jsonl --autoencoder checkpoints/ae \\
+        --kd_cache cache/kd_cache.sqlite --output_dir checkpoints/student         (what build_kd_cache.py asked for)
     accelerate launch scripts/train_student.py ...          (or torchrun --nproc_per_node N; same flags)
 
 The tokenizer is the codec's. Writes the model with the codec inside, the tokenizer, `eval_results.json`,
@@ -30,6 +32,17 @@ class StudentArguments:
         default=None, metadata={"help": "Causal LM with the codec's tokenizer: directory or Hub id."}
     )
     teacher_dtype: str = field(default="auto", metadata={"help": "Of the teacher's weights: auto, float32, bfloat16."})
+    kd_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "KD store: what the teacher says is kept there (top entries only) and not asked for twice; "
+            "without teacher, all is read from there. An SQLite file, or a folder or Hub dataset of "
+            "build_kd_cache.py. Default: none, a local teacher gives more than a store keeps."
+        },
+    )
+    kd_top_k: int | None = field(
+        default=None, metadata={"help": "With kd_cache: entries per token. Default: what the store holds, else 20."}
+    )
     init_from_teacher: bool = field(default=False, metadata={"help": "Start the backbone from the teacher's layers."})
     layers: str | None = field(
         default=None, metadata={"help": "With init_from_teacher: which layers, as 0,2,4. Default: all."}
@@ -96,6 +109,7 @@ class StudentArguments:
             "layers lora_r", not self.init_from_teacher, "is about a teacher's backbone: add init_from_teacher"
         )
         self._refuse(NEW_BACKBONE, self.init_from_teacher, "is about a new backbone: drop it, or init_from_teacher")
+        self._refuse("kd_top_k", self.kd_cache is None, "is about a KD store: add kd_cache")
         self._refuse("lora_alpha lora_dropout", not self.lora_r, "is about LoRA: add lora_r")
         self._refuse(ENERGY_HEAD, self.head_type != "energy", "is about an energy head: add head_type energy")
         parallel = self.decoder_type == "parallel"
@@ -134,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     from trainers import DataArguments, KDConfig, KDTrainer, PatchCollator, load_blocks, parse_arguments
     from trainers.model_card import describe_data
-    from trainers.teachers import HFTeacher, check_vocabulary
+    from trainers.teachers import check_vocabulary
 
     student_args, data_args, training_args = parse_arguments(
         StudentArguments, DataArguments, KDConfig, argv=argv, description=__doc__
@@ -148,11 +162,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             f"{codec.config.vocab_size}: they do "
             "not belong together. Train the codec with this tokenizer."
         )
-    teacher = None
-    if student_args.teacher is not None:
-        teacher = HFTeacher(student_args.teacher, dtype=student_args.teacher_dtype)
+    teacher = build_teacher(student_args)
+    if teacher is not None:
         teacher.check_tokenizer(tokenizer)
-        check_vocabulary(codec.config.vocab_size, teacher.vocab_size, teacher.num_tokens, student_args.teacher)
+        check_vocabulary(codec.config.vocab_size, teacher.vocab_size, teacher.num_tokens, teacher.name)
         if training_args.kd_weight == 0:
             print("kd_weight is 0: the student does not learn from the teacher's distributions.")
             teacher = None
@@ -175,6 +188,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     try:
         trainer.train(resume_from_checkpoint=training_args.checkpoint())
         metrics = trainer.evaluate()
+        if student_args.kd_cache is not None and teacher is not None:
+            print(f"KD store {student_args.kd_cache}: {teacher.statistics.describe()}")
     finally:
         if owner is not None:
             owner.close()
@@ -189,6 +204,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         print("held-out:", {name: round(value, 6) for name, value in metrics.items() if name.startswith("eval_")})
     trainer.end()
     return metrics
+
+
+def build_teacher(student_args: StudentArguments):
+    """The teacher, a store around it, a store alone, or None."""
+    from trainers.teachers import CachedTeacher, HFTeacher, open_store
+
+    teacher = None
+    if student_args.teacher is not None:
+        teacher = HFTeacher(student_args.teacher, dtype=student_args.teacher_dtype)
+    if student_args.kd_cache is None:
+        return teacher
+    store = open_store(student_args.kd_cache, read_only=teacher is None)
+    return CachedTeacher(teacher, store, k=student_args.kd_top_k)
 
 
 def load_codec(path: str):

@@ -1,4 +1,6 @@
-"""A small Hub on this machine, for tests: creates, fills and serves model repositories as huggingface_hub asks it to.
+"""A small Hub on this machine, for tests: creates, fills and serves repositories as huggingface_hub asks it to.
+
+Models and datasets share their names here; the Hub keeps them apart.
 
     root/lfs/<sha256>                      what was uploaded as a large file
     root/repos/<owner>/<name>/<commit>/    the files of each commit, as they are
@@ -24,8 +26,9 @@ import yaml
 
 
 LICENSES = ("apache-2.0", "mit", "mpl-2.0", "other", "unknown")  # of the Hub's list
-LFS_SUFFIXES = (".safetensors", ".bin")
+LFS_SUFFIXES = (".safetensors", ".bin", ".parquet")
 REPO = r"(?P<repo>[^/]+/[^/]+?)"
+API = rf"/api/(?:models|datasets)/{REPO}"
 Reply = tuple[int, Any, dict[str, str]]
 
 
@@ -158,6 +161,17 @@ class HubServer:
             raise Refusal(404, "Entry not found", "EntryNotFound", commit)
         return 200, [_entry(name, path) for name, path in files.items()], {}
 
+    def paths_info(self, token: str, body: bytes, repo: str, revision: str) -> Reply:
+        files = self._files(repo, self._commit_of(self._repo(repo, token), revision))
+        asked = json.loads(body)["paths"]
+        folders = {parent.as_posix() for name in files for parent in Path(name).parents}
+        found = [_entry(name, files[name]) for name in asked if name in files]
+        return (
+            200,
+            found + [{"type": "directory", "path": name, "oid": "0" * 40} for name in asked if name in folders],
+            {},
+        )
+
     # -- upload
 
     def validate_yaml(self, token: str, body: bytes) -> Reply:
@@ -271,15 +285,16 @@ def _entry(name: str, path: Path) -> dict[str, Any]:
 ROUTES: list[tuple[tuple[str, ...], str, Callable[..., Reply]]] = [
     (("POST",), "/api/repos/create", HubServer.create),
     (("POST",), "/api/validate-yaml", HubServer.validate_yaml),
-    (("POST",), rf"/api/models/{REPO}/branch/(?P<name>.+)", HubServer.branch),
-    (("POST",), rf"/api/models/{REPO}/preupload/(?P<revision>[^/]+)", HubServer.preupload),
-    (("POST",), rf"/api/models/{REPO}/commit/(?P<revision>[^/]+)", HubServer.commit),
-    (("GET",), rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)(?:/(?P<under>.+))?", HubServer.tree),
-    (("GET",), rf"/api/models/{REPO}(?:/revision/(?P<revision>[^/]+))?", HubServer.info),
-    (("POST",), rf"/{REPO}\.git/info/lfs/objects/batch", HubServer.lfs_batch),
+    (("POST",), rf"{API}/branch/(?P<name>.+)", HubServer.branch),
+    (("POST",), rf"{API}/preupload/(?P<revision>[^/]+)", HubServer.preupload),
+    (("POST",), rf"{API}/commit/(?P<revision>[^/]+)", HubServer.commit),
+    (("POST",), rf"{API}/paths-info/(?P<revision>[^/]+)", HubServer.paths_info),
+    (("GET",), rf"{API}/tree/(?P<revision>[^/]+)(?:/(?P<under>.+))?", HubServer.tree),
+    (("GET",), rf"{API}(?:/revision/(?P<revision>[^/]+))?", HubServer.info),
+    (("POST",), rf"/(?:datasets/)?{REPO}\.git/info/lfs/objects/batch", HubServer.lfs_batch),
     (("PUT",), "/lfs/(?P<oid>[0-9a-f]{64})", HubServer.lfs_put),
     (("POST",), "/lfs/(?P<oid>[0-9a-f]{64})/verify", HubServer.lfs_verify),
-    (("GET", "HEAD"), rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", HubServer.resolve),
+    (("GET", "HEAD"), rf"/(?:datasets/)?{REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", HubServer.resolve),
 ]
 
 
@@ -291,6 +306,11 @@ def _handler_of(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             body = self._body()
             status, content, headers = hub.answer(self.command, urlsplit(self.path).path, self.headers, body)
             data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+            if status == 200 and asked:
+                first, last = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
+                headers = {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"}
+                status, data = 206, data[first : last + 1]
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)

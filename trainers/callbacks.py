@@ -61,6 +61,12 @@ class TeacherCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.drain()
+        statistics = getattr(self.teacher, "statistics", None)
+        if statistics is not None:
+            logger.info("KD store, this process: %s", statistics.describe())
+            state.log_history.append(
+                {"step": state.global_step, **{f"kd_store_{name}": value for name, value in vars(statistics).items()}}
+            )
         if self.close_after_training:
             self.close()
 

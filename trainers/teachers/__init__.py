@@ -13,19 +13,34 @@ from .base import (
     speaking_positions,
     tokenizer_fingerprint,
 )
+from .cached_teacher import CachedTeacher, StoreStatistics, verify_store
 from .hf_teacher import HFTeacher
+from .identity import identity_of
+from .store import KDStore, SQLiteStore, StoreError, open_store
+from .store_parquet import ParquetStore
+from .store_rows import content_key
 
 
 __all__ = [
+    "CachedTeacher",
     "DenseSignal",
     "HFTeacher",
+    "KDStore",
+    "ParquetStore",
+    "SQLiteStore",
     "SparseSignal",
+    "StoreError",
+    "StoreStatistics",
     "Teacher",
     "TeacherCapabilities",
     "TeacherIdentity",
     "TeacherSignal",
     "check_same_tokenizer",
     "check_vocabulary",
+    "content_key",
+    "identity_of",
+    "open_store",
     "speaking_positions",
     "tokenizer_fingerprint",
+    "verify_store",
 ]
