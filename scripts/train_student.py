@@ -27,9 +27,24 @@ class StudentArguments:
 
     autoencoder: str = field(metadata={"help": "The trained codec: a directory or Hub id with model and tokenizer."})
     teacher: str | None = field(
-        default=None, metadata={"help": "Causal LM with the codec's tokenizer: directory or Hub id."}
+        default=None,
+        metadata={"help": "Causal LM with the codec's tokenizer (or see kd_alignment): directory or Hub id."},
     )
     teacher_dtype: str = field(default="auto", metadata={"help": "Of the teacher's weights: auto, float32, bfloat16."})
+    kd_top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "Learn from so many ids per token only, as a store of the teacher keeps. Default: from full "
+            "distributions, which teach better while the teacher is at hand."
+        },
+    )
+    kd_num_draws: int | None = field(
+        default=None,
+        metadata={
+            "help": "With kd_top_k: how many of them are drawn from the tail. Default: two of five; 0 keeps "
+            "the mass of the tail instead."
+        },
+    )
     init_from_teacher: bool = field(default=False, metadata={"help": "Start the backbone from the teacher's layers."})
     layers: str | None = field(
         default=None, metadata={"help": "With init_from_teacher: which layers, as 0,2,4. Default: all."}
@@ -92,6 +107,12 @@ class StudentArguments:
             )
         if self.lora_r < 0:
             raise ValueError(f"lora_r must not be negative, got {self.lora_r}: 0 trains the whole backbone.")
+        self._refuse("kd_top_k", self.teacher is None, "is about a teacher's distributions: add teacher")
+        self._refuse(
+            "kd_num_draws", self.kd_top_k is None, "is about a part of a teacher's distributions: add kd_top_k"
+        )
+        if self.kd_top_k is not None and not 0 <= (self.kd_num_draws or 0) <= self.kd_top_k:
+            raise ValueError(f"kd_num_draws must lie in 0 to kd_top_k ({self.kd_top_k}), got {self.kd_num_draws}.")
         self._refuse(
             "layers lora_r", not self.init_from_teacher, "is about a teacher's backbone: add init_from_teacher"
         )
@@ -134,7 +155,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     from trainers import DataArguments, KDConfig, KDTrainer, PatchCollator, load_blocks, parse_arguments
     from trainers.model_card import describe_data
-    from trainers.teachers import HFTeacher, check_vocabulary
 
     student_args, data_args, training_args = parse_arguments(
         StudentArguments, DataArguments, KDConfig, argv=argv, description=__doc__
@@ -148,15 +168,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             f"{codec.config.vocab_size}: they do "
             "not belong together. Train the codec with this tokenizer."
         )
-    teacher = None
-    if student_args.teacher is not None:
-        teacher = HFTeacher(student_args.teacher, dtype=student_args.teacher_dtype)
-        teacher.check_tokenizer(tokenizer)
-        check_vocabulary(codec.config.vocab_size, teacher.vocab_size, teacher.num_tokens, student_args.teacher)
-        if training_args.kd_weight == 0:
-            print("kd_weight is 0: the student does not learn from the teacher's distributions.")
-            teacher = None
-
+    teacher = load_teacher(student_args, training_args, tokenizer, codec.config.vocab_size)
     train_dataset, eval_dataset = load_blocks(data_args, tokenizer, codec.config.patch_size, training_args.data_seed)
     set_seed(training_args.seed)
     model = build_student(student_args, codec, data_args.block_size)
@@ -189,6 +201,44 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         print("held-out:", {name: round(value, 6) for name, value in metrics.items() if name.startswith("eval_")})
     trainer.end()
     return metrics
+
+
+def load_teacher(student_args: StudentArguments, training_args, tokenizer, vocab_size: int):
+    """The teacher as the flags ask for it, checked against the codec's `tokenizer`; None where there is none to learn
+    from.
+
+    Raises:
+        ValueError: another tokenizer, without `kd_alignment`; a part of distributions, with it.
+    """
+    from trainers.teachers import AlignedTeacher, HFTeacher, SparseTeacher, check_vocabulary
+
+    aligned = training_args.kd_alignment == "bytes"
+    if student_args.teacher is None:
+        if aligned:
+            raise ValueError("kd_alignment is bytes but there is no teacher: add --teacher.")
+        return None
+    if aligned:
+        for name in ("kd_top_k", "init_from_teacher"):
+            if getattr(student_args, name):
+                raise ValueError(
+                    f"{name} is about a teacher with the codec's tokenizer, and kd_alignment bytes about one with "
+                    "another: drop either."
+                )
+    teacher = HFTeacher(student_args.teacher, dtype=student_args.teacher_dtype)
+    if not aligned:
+        teacher.check_tokenizer(tokenizer)
+        check_vocabulary(vocab_size, teacher.vocab_size, teacher.num_tokens, student_args.teacher)
+    if training_args.kd_weight == 0:
+        print("kd_weight is 0: the student does not learn from the teacher's distributions.")
+        return None
+    if aligned:
+        return AlignedTeacher(teacher, tokenizer, vocab_size)
+    if student_args.kd_top_k is None:
+        return teacher
+    num_draws = student_args.kd_num_draws
+    if num_draws is None:
+        num_draws = 2 * student_args.kd_top_k // 5
+    return SparseTeacher(teacher, student_args.kd_top_k, num_draws, training_args.seed)
 
 
 def load_codec(path: str):

@@ -172,7 +172,7 @@ def test_sampled_tail_kl_is_unbiased_in_value_and_gradient(agree):
 
 
 def test_sampled_tail_kl_has_the_gradient_of_what_it_says():
-    """The gradient is written by hand; ids that are drawn twice are where a scatter loses one."""
+    """Ids that are drawn twice are where a scatter loses one."""
     teacher, student = logits(20, 12).double(), logits(20, 12).double().requires_grad_()
     ids, values, entropy = head_and_draws(teacher, 3, 6)
     loss = sampled_tail_kl(student, ids, values, 6, entropy)

@@ -176,29 +176,6 @@ def sparse_kl(
     return head + torch.where(has_tail, tail * (teacher_tail - student_tail), 0.0)
 
 
-class _CrossEntropyOfEntries(torch.autograd.Function):
-    """`-sum_i weights_i log q(ids_i)` with its gradient in closed form, `sum(weights) q - weights`: one softmax, kept
-    in place, and the gradient itself."""
-
-    @staticmethod
-    def forward(ctx, student_logits, ids, weights):
-        student = _logprobs(student_logits, 1.0)
-        entries = student.gather(-1, ids).clamp_(min=MIN_LOGPROB)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(student.exp_(), ids, weights)
-            ctx.dtype = student_logits.dtype
-        return -(weights * entries).sum(-1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss):
-        student, ids, weights = ctx.saved_tensors
-        weights = weights * grad_loss[:, None]
-        # an id that was drawn twice counts twice
-        gradient = (student * weights.sum(-1, keepdim=True)).scatter_add_(-1, ids, -weights)
-        return gradient.to(ctx.dtype), None, None
-
-
 def sampled_tail_kl(
     student_logits: torch.Tensor,
     ids: torch.Tensor,
@@ -242,5 +219,8 @@ def sampled_tail_kl(
     ids, present = _present_entries(student_logits, ids, logprobs)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     weights = logprobs.detach().to(dtype).masked_fill(~present, -torch.inf).exp()
-    cross_entropy = _CrossEntropyOfEntries.apply(student_logits, ids, weights)
+    # Autograd's own chain: measured for 1024 tokens of a vocabulary of 4096 on one core, 7.4 ms, where the gradient in
+    # closed form took 10.0 (and `dense_kl` takes 24).
+    student = _logprobs(student_logits, 1.0).gather(-1, ids).clamp(min=MIN_LOGPROB)
+    cross_entropy = -(weights * student).sum(-1)
     return cross_entropy - torch.where(present.any(-1), entropy.detach().to(dtype), 0.0)
