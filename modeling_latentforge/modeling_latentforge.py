@@ -493,6 +493,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         loss_weights: Mapping[str, float] | None = None,
         distillation: TokenLoss | None = None,
+        distillation_starts: torch.BoolTensor | None = None,
         output_logits: bool = True,
         inputs_embeds: torch.Tensor | None = None,
         patch_sampling: PatchSampling | None = None,
@@ -515,6 +516,8 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 and both with an autoregressive decoder.
             distillation: teacher's loss per token (nats), see `modeling_token_loss`; part `kd`. Its index points into
                 the flattened `(B * T)` positions.
+            distillation_starts: `(B, T)`, False where `distillation` of a position needs the logits of the one before
+                in the same call.
             output_logits: False, with labels: logits are never made whole.
             patch_sampling: parallel decoders with a cache: the next patch is sampled here, and its tokens' logits are
                 sure of it. `generate(patch_temperature=...)` passes it.
@@ -605,13 +608,23 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         hidden = self._off_grid(hidden, grid, length)
         if labels is not None:
             output.loss, output.loss_components = self._losses(
-                hidden, conditions, latents, grid, labels, num_items_in_batch, loss_weights, distillation
+                hidden,
+                conditions,
+                latents,
+                grid,
+                labels,
+                num_items_in_batch,
+                loss_weights,
+                distillation,
+                distillation_starts,
             )
         if output_logits or labels is None:
             output.logits = self.get_output_embeddings()(_kept(hidden, logits_to_keep))
         return output
 
-    def _losses(self, hidden, conditions, latents, grid, labels, num_items, weights, distillation):
+    def _losses(
+        self, hidden, conditions, latents, grid, labels, num_items, weights, distillation, distillation_starts
+    ):
         has_energy = self.config.head_config.head_type == "energy"
         if weights is None:
             weights = {"energy": 1.0} if has_energy else {}
@@ -650,6 +663,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 weights.get("ce", 0.0),
                 distillation,
                 weights.get("kd", 0.0),
+                None if distillation is None else distillation_starts,
             )
             loss = loss + total / num_items
             components["ce"] = ce / num_items

@@ -5,6 +5,7 @@ nothing is recomputed in the backward pass (three matrix products per chunk, as 
 needs).
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
 
 import torch
@@ -27,9 +28,24 @@ def chunk_tokens(vocab_size: int, device_type: str) -> int:
     return max(MIN_CHUNK_TOKENS, elements // vocab_size)
 
 
+def chunk_bounds(num_tokens: int, step: int, starts: torch.Tensor | None = None) -> list[tuple[int, int]]:
+    """Where chunks begin and end: every `step` tokens, or at the last place before that at which one may begin; where
+    there is none, at the next."""
+    if starts is None:
+        return [(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step)]
+    places = [*starts.flatten().nonzero().flatten().tolist(), num_tokens]
+    bounds, start = [], 0
+    while start < num_tokens:
+        following = bisect_right(places, start)
+        stop = places[max(following, bisect_right(places, start + step) - 1)]
+        bounds.append((start, stop))
+        start = stop
+    return bounds
+
+
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ce_weight, distillation, distillation_weight):
+    def forward(ctx, hidden, weight, targets, ce_weight, distillation, distillation_weight, distillation_starts):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         num_tokens, vocab_size = hidden.shape[0], weight.shape[0]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -40,14 +56,14 @@ class _TokenLoss(torch.autograd.Function):
         ce_sum, kd_sum = torch.zeros(2, dtype=sum_dtype, device=hidden.device)
 
         step = chunk_tokens(vocab_size, hidden.device.type)
-        for start in range(0, num_tokens, step):
-            chunk, target = hidden[start : start + step], targets[start : start + step]
+        for start, stop in chunk_bounds(num_tokens, step, distillation_starts):
+            chunk, target = hidden[start:stop], targets[start:stop]
             logits = nn.functional.linear(chunk, weight).to(sum_dtype)
             valid = target != -100
             grad_logits = None
 
             if distillation is not None:
-                index = torch.arange(start, start + chunk.shape[0], device=hidden.device)
+                index = torch.arange(start, stop, device=hidden.device)
                 with torch.enable_grad():
                     leaf = logits.detach().requires_grad_(need_hidden or need_weight)
                     kd = distillation(leaf, index).masked_fill(~valid, 0).sum()
@@ -71,11 +87,11 @@ class _TokenLoss(torch.autograd.Function):
 
             if grad_logits is None:
                 if need_hidden:
-                    grad_hidden[start : start + step] = 0
+                    grad_hidden[start:stop] = 0
                 continue
             grad_logits = grad_logits.to(weight.dtype)
             if need_hidden:
-                grad_hidden[start : start + step] = grad_logits @ weight
+                grad_hidden[start:stop] = grad_logits @ weight
             if need_weight:
                 if grad_weight.dtype == chunk.dtype == grad_logits.dtype and not torch.is_autocast_enabled(
                     chunk.device.type
@@ -97,7 +113,7 @@ class _TokenLoss(torch.autograd.Function):
             grad_hidden.mul_(grad_total)  # in place: at a large vocabulary a copy is as much again
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def token_loss(
@@ -107,6 +123,7 @@ def token_loss(
     ce_weight: float = 1.0,
     distillation: TokenLoss | None = None,
     distillation_weight: float = 0.0,
+    distillation_starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross-entropy, and optionally a teacher's loss, summed over tokens.
 
@@ -117,6 +134,8 @@ def token_loss(
         ce_weight, distillation_weight: factors of the two sums in `total`.
         distillation: per-token loss of one chunk of logits, differentiated by autograd; `index` tells which of the M
             tokens it sees.
+        distillation_starts: `(M,)`, False where `distillation` of a token needs the logits of the one before too: no
+            chunk begins there, however many tokens it must then hold. Default: anywhere.
 
     Returns:
         `(total, ce_sum, kd_sum)`, scalars in nats. Only `total` carries a gradient, to `hidden` and `weight`.
@@ -126,4 +145,6 @@ def token_loss(
     """
     if not torch.is_grad_enabled():  # inside a Function every parameter seems to want its gradient
         hidden, weight = hidden.detach(), weight.detach()
-    return _TokenLoss.apply(hidden, weight, targets, float(ce_weight), distillation, float(distillation_weight))
+    return _TokenLoss.apply(
+        hidden, weight, targets, float(ce_weight), distillation, float(distillation_weight), distillation_starts
+    )

@@ -7,8 +7,6 @@
         --autoencoder checkpoints/ae --teacher meta-llama/Llama-3.2-1B --output_dir checkpoints/student --bf16
     python scripts/train_student.py --data corpus.jsonl --autoencoder checkpoints/ae --teacher Qwen/Qwen3-0.6B-Base \\
         --init_from_teacher --layers 0,2,4,6,8,10,12,14 --lora_r 16 --output_dir checkpoints/student
-    python scripts/train_student.py --data corpus.jsonl --autoencoder checkpoints/ae \\
-        --kd_cache cache/kd_cache.sqlite --output_dir checkpoints/student         (what build_kd_cache.py asked for)
     accelerate launch scripts/train_student.py ...          (or torchrun --nproc_per_node N; same flags)
 
 The tokenizer is the codec's. Writes the model with the codec inside, the tokenizer, `eval_results.json`,
@@ -29,19 +27,23 @@ class StudentArguments:
 
     autoencoder: str = field(metadata={"help": "The trained codec: a directory or Hub id with model and tokenizer."})
     teacher: str | None = field(
-        default=None, metadata={"help": "Causal LM with the codec's tokenizer: directory or Hub id."}
+        default=None,
+        metadata={"help": "Causal LM with the codec's tokenizer (or see kd_alignment): directory or Hub id."},
     )
     teacher_dtype: str = field(default="auto", metadata={"help": "Of the teacher's weights: auto, float32, bfloat16."})
-    kd_cache: str | None = field(
+    kd_top_k: int | None = field(
         default=None,
         metadata={
-            "help": "KD store: what the teacher says is kept there (top entries only) and not asked for twice; "
-            "without teacher, all is read from there. An SQLite file, or a folder or Hub dataset of "
-            "build_kd_cache.py. Default: none, a local teacher gives more than a store keeps."
+            "help": "Learn from so many ids per token only, as a store of the teacher keeps. Default: from full "
+            "distributions, which teach better while the teacher is at hand."
         },
     )
-    kd_top_k: int | None = field(
-        default=None, metadata={"help": "With kd_cache: entries per token. Default: what the store holds, else 20."}
+    kd_num_draws: int | None = field(
+        default=None,
+        metadata={
+            "help": "With kd_top_k: how many of them are drawn from the tail. Default: two of five; 0 keeps "
+            "the mass of the tail instead."
+        },
     )
     init_from_teacher: bool = field(default=False, metadata={"help": "Start the backbone from the teacher's layers."})
     layers: str | None = field(
@@ -105,11 +107,16 @@ class StudentArguments:
             )
         if self.lora_r < 0:
             raise ValueError(f"lora_r must not be negative, got {self.lora_r}: 0 trains the whole backbone.")
+        self._refuse("kd_top_k", self.teacher is None, "is about a teacher's distributions: add teacher")
+        self._refuse(
+            "kd_num_draws", self.kd_top_k is None, "is about a part of a teacher's distributions: add kd_top_k"
+        )
+        if self.kd_top_k is not None and not 0 <= (self.kd_num_draws or 0) <= self.kd_top_k:
+            raise ValueError(f"kd_num_draws must lie in 0 to kd_top_k ({self.kd_top_k}), got {self.kd_num_draws}.")
         self._refuse(
             "layers lora_r", not self.init_from_teacher, "is about a teacher's backbone: add init_from_teacher"
         )
         self._refuse(NEW_BACKBONE, self.init_from_teacher, "is about a new backbone: drop it, or init_from_teacher")
-        self._refuse("kd_top_k", self.kd_cache is None, "is about a KD store: add kd_cache")
         self._refuse("lora_alpha lora_dropout", not self.lora_r, "is about LoRA: add lora_r")
         self._refuse(ENERGY_HEAD, self.head_type != "energy", "is about an energy head: add head_type energy")
         parallel = self.decoder_type == "parallel"
@@ -148,7 +155,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     from trainers import DataArguments, KDConfig, KDTrainer, PatchCollator, load_blocks, parse_arguments
     from trainers.model_card import describe_data
-    from trainers.teachers import check_vocabulary
 
     student_args, data_args, training_args = parse_arguments(
         StudentArguments, DataArguments, KDConfig, argv=argv, description=__doc__
@@ -162,14 +168,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             f"{codec.config.vocab_size}: they do "
             "not belong together. Train the codec with this tokenizer."
         )
-    teacher = build_teacher(student_args)
-    if teacher is not None:
-        teacher.check_tokenizer(tokenizer)
-        check_vocabulary(codec.config.vocab_size, teacher.vocab_size, teacher.num_tokens, teacher.name)
-        if training_args.kd_weight == 0:
-            print("kd_weight is 0: the student does not learn from the teacher's distributions.")
-            teacher = None
-
+    teacher = load_teacher(student_args, training_args, tokenizer, codec.config.vocab_size)
     train_dataset, eval_dataset = load_blocks(data_args, tokenizer, codec.config.patch_size, training_args.data_seed)
     set_seed(training_args.seed)
     model = build_student(student_args, codec, data_args.block_size)
@@ -188,8 +187,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     try:
         trainer.train(resume_from_checkpoint=training_args.checkpoint())
         metrics = trainer.evaluate()
-        if student_args.kd_cache is not None and teacher is not None:
-            print(f"KD store {student_args.kd_cache}: {teacher.statistics.describe()}")
     finally:
         if owner is not None:
             owner.close()
@@ -206,17 +203,42 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     return metrics
 
 
-def build_teacher(student_args: StudentArguments):
-    """The teacher, a store around it, a store alone, or None."""
-    from trainers.teachers import CachedTeacher, HFTeacher, open_store
+def load_teacher(student_args: StudentArguments, training_args, tokenizer, vocab_size: int):
+    """The teacher as the flags ask for it, checked against the codec's `tokenizer`; None where there is none to learn
+    from.
 
-    teacher = None
-    if student_args.teacher is not None:
-        teacher = HFTeacher(student_args.teacher, dtype=student_args.teacher_dtype)
-    if student_args.kd_cache is None:
+    Raises:
+        ValueError: another tokenizer, without `kd_alignment`; a part of distributions, with it.
+    """
+    from trainers.teachers import AlignedTeacher, HFTeacher, SparseTeacher, check_vocabulary
+
+    aligned = training_args.kd_alignment == "bytes"
+    if student_args.teacher is None:
+        if aligned:
+            raise ValueError("kd_alignment is bytes but there is no teacher: add --teacher.")
+        return None
+    if aligned:
+        for name in ("kd_top_k", "init_from_teacher"):
+            if getattr(student_args, name):
+                raise ValueError(
+                    f"{name} is about a teacher with the codec's tokenizer, and kd_alignment bytes about one with "
+                    "another: drop either."
+                )
+    teacher = HFTeacher(student_args.teacher, dtype=student_args.teacher_dtype)
+    if not aligned:
+        teacher.check_tokenizer(tokenizer)
+        check_vocabulary(vocab_size, teacher.vocab_size, teacher.num_tokens, student_args.teacher)
+    if training_args.kd_weight == 0:
+        print("kd_weight is 0: the student does not learn from the teacher's distributions.")
+        return None
+    if aligned:
+        return AlignedTeacher(teacher, tokenizer, vocab_size)
+    if student_args.kd_top_k is None:
         return teacher
-    store = open_store(student_args.kd_cache, read_only=teacher is None)
-    return CachedTeacher(teacher, store, k=student_args.kd_top_k)
+    num_draws = student_args.kd_num_draws
+    if num_draws is None:
+        num_draws = 2 * student_args.kd_top_k // 5
+    return SparseTeacher(teacher, student_args.kd_top_k, num_draws, training_args.seed)
 
 
 def load_codec(path: str):

@@ -1,6 +1,7 @@
 """Arguments of [`KDTrainer`]."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from .base_trainer import LatentTrainingConfig
 
@@ -14,7 +15,7 @@ class KDConfig(LatentTrainingConfig):
     predicted token.
 
     Raises:
-        ValueError: a negative weight, all weights zero, a temperature that is not above 0.
+        ValueError: a negative weight, all weights zero, a temperature that is not above 0, or not 1 across tokenizers.
     """
 
     ce_weight: float = field(default=1.0, metadata={"help": "Weight of the text's own tokens (cross-entropy)."})
@@ -30,6 +31,13 @@ class KDConfig(LatentTrainingConfig):
         default=1.0,
         metadata={
             "help": "Both distributions are taken at this temperature; other than 1 needs a teacher with full logits."
+        },
+    )
+    kd_alignment: Literal["none", "bytes"] = field(
+        default="none",
+        metadata={
+            "help": "bytes: the teacher has another tokenizer, and likelihoods of the pieces of text that both have "
+            "in common are matched (arXiv 2503.20083). none: such a teacher is refused."
         },
     )
     teacher_prefetch: int | None = field(
@@ -53,6 +61,13 @@ class KDConfig(LatentTrainingConfig):
         if not self.kd_temperature > 0:
             raise ValueError(
                 f"kd_temperature must be above 0, got {self.kd_temperature}: 1 takes the distributions as they are."
+            )
+        if self.kd_alignment not in ("none", "bytes"):
+            raise ValueError(f"kd_alignment must be none or bytes, got {self.kd_alignment!r}.")
+        if self.kd_alignment == "bytes" and self.kd_temperature != 1:
+            raise ValueError(
+                f"kd_temperature is {self.kd_temperature}, and likelihoods of text (kd_alignment bytes) are those at "
+                "temperature 1: set it to 1."
             )
         if self.teacher_prefetch is not None and self.teacher_prefetch < 0:
             raise ValueError(

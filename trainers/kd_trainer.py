@@ -94,6 +94,13 @@ class KDTrainer(LatentTrainer):
                     "teacher that returns "
                     "log-probabilities of the prompt (a local model, vLLM)."
                 )
+            aligned = teacher.capabilities.form == "chunks"
+            if aligned != (args.kd_alignment == "bytes"):
+                raise ValueError(
+                    f"kd_alignment is {args.kd_alignment}, and {type(teacher).__name__} gives "
+                    f"{teacher.capabilities.form} signals: wrap a teacher with another tokenizer in AlignedTeacher "
+                    "and set kd_alignment to bytes, or do neither."
+                )
             if args.kd_temperature != 1 and not teacher.capabilities.any_temperature:
                 raise ValueError(
                     f"kd_temperature is {args.kd_temperature}, and {type(teacher).__name__} gives its top "
@@ -138,6 +145,8 @@ class KDTrainer(LatentTrainer):
         kwargs: dict[str, Any] = {"loss_weights": weights, "output_logits": False}
         if signal is not None:
             kwargs["distillation"] = partial(signal.loss, temperature=self.args.kd_temperature)
+            if signal.starts is not None:
+                kwargs["distillation_starts"] = signal.starts
         return kwargs
 
     def evaluation_metrics(self, sums: dict[str, float], num_items: float) -> dict[str, float]:

@@ -73,3 +73,27 @@ def test_all_targets_masked_is_zero_not_nan():
     total, *_ = token_loss(vectors, weight, torch.full_like(targets, -100))
     total.backward()
     assert total == 0 and vectors.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 100])
+def test_chunks_begin_only_where_they_may(monkeypatch, step):
+    """A loss over several tokens that are judged apart is another loss, and which one depends on the machine."""
+    monkeypatch.setattr(modeling_token_loss, "chunk_tokens", lambda *_: step)
+    vectors, weight, targets = _problem()
+    starts = torch.ones(37, dtype=torch.bool)
+    starts[[0, 4, 5, 6, 7, 12, 36]] = False
+    group = starts.long().cumsum(0)  # tokens that are judged together
+
+    def squared_sum(logits, index):
+        assert index[0] == 0 or starts[index[0]]
+        logprobs = logits.log_softmax(-1)[torch.arange(len(index)), targets[index].clamp(min=0)]
+        sums = logprobs.new_zeros(40).index_add(0, group[index], logprobs)
+        return sums[group[index]] ** 2
+
+    valid = targets != -100
+    expected = (squared_sum(vectors @ weight.T, torch.arange(37)) * valid).sum()
+    total, _, _ = token_loss(vectors, weight, targets, 0.0, squared_sum, 1.0, starts)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(total, (vectors, weight)), torch.autograd.grad(expected, (vectors, weight))
+    )

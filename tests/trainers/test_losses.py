@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from trainers.losses import dense_kl, sparse_kl
+from trainers.losses import chunk_divergence, chunk_likelihood_loss, dense_kl, sampled_tail_kl, sparse_kl
 
 
 def logits(rows: int, vocab: int, scale: float = 3.0) -> torch.Tensor:
@@ -12,6 +12,17 @@ def logits(rows: int, vocab: int, scale: float = 3.0) -> torch.Tensor:
 def top(teacher: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     values, ids = teacher.log_softmax(-1).topk(k)
     return ids, values
+
+
+def head_and_draws(teacher: torch.Tensor, head: int, draws: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Entries as `to_sparse` makes them, by other means: ids, logprobs, entropy."""
+    logprobs = teacher.log_softmax(-1)
+    values, ids = logprobs.topk(head)
+    tail = logprobs.exp().scatter(-1, ids, 0.0)
+    drawn = torch.multinomial(tail, draws, replacement=True)
+    shares = (tail.sum(-1, keepdim=True) / draws).log().expand(-1, draws)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return torch.cat([ids, drawn], -1), torch.cat([values, shares], -1), entropy
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -139,3 +150,103 @@ def test_sparse_kl_refuses_ids_of_another_vocabulary():
     ids, values = top(logits(2, 30), 3)
     with pytest.raises(ValueError, match="outside the student's vocabulary of 9"):
         sparse_kl(logits(2, 9), ids + 9, values)
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_sampled_tail_kl_is_unbiased_in_value_and_gradient(agree):
+    """A bias moves what the student converges to, and no amount of text takes it back."""
+    repeats = 20_000
+    teacher = logits(1, 30, 1.5).double()
+    student = teacher.clone() if agree else logits(1, 30, 1.0).double()
+    ids, values, entropy = head_and_draws(teacher.expand(repeats, -1), 4, 3)
+    student.requires_grad_()
+    losses = sampled_tail_kl(student.expand(repeats, -1), ids, values, 3, entropy)
+    (grad,) = torch.autograd.grad(losses.mean(), student)
+    exact = dense_kl(student, teacher)
+    (exact_grad,) = torch.autograd.grad(exact.sum(), student)
+    # five standard errors of the mean
+    assert abs(losses.mean() - exact.sum()) < 5 * losses.std() / repeats**0.5
+    assert losses.std() > 0.01, "the draws differ"
+    torch.testing.assert_close(grad, exact_grad, atol=5 * 0.5 / repeats**0.5, rtol=0)
+    assert not agree or exact_grad.abs().max() < 1e-9
+
+
+def test_sampled_tail_kl_has_the_gradient_of_what_it_says():
+    """Ids that are drawn twice are where a scatter loses one."""
+    teacher, student = logits(20, 12).double(), logits(20, 12).double().requires_grad_()
+    ids, values, entropy = head_and_draws(teacher, 3, 6)
+    loss = sampled_tail_kl(student, ids, values, 6, entropy)
+    plain = -(values.exp() * student.log_softmax(-1).gather(-1, ids)).sum(-1) - entropy
+    weights = torch.rand(20).double()
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(*(torch.autograd.grad((weights * value).sum(), student)[0] for value in (loss, plain)))
+    half = student.detach().bfloat16().requires_grad_()
+    sampled_tail_kl(half, ids, values, 6, entropy).sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+
+
+def test_sampled_tail_kl_is_finite_at_the_edges():
+    """A teacher without a tail has no draws, a server skips tokens, a student forbids an id: one NaN ends a run."""
+    student = logits(3, 9)
+    student[2, 4] = -torch.inf
+    student.requires_grad_()
+    ids = torch.tensor([[3, 12345], [5, 6], [4, 7]])
+    values = torch.tensor([[0.0, -9999.0], [float("nan"), -9999.0], [-0.5, -0.9]])
+    loss = sampled_tail_kl(student, ids, values, 1, torch.tensor([0.0, 3.0, 0.7]))
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(student.grad).all()
+    assert loss[1] == 0 and (student.grad[1] == 0).all(), "nothing was said, so nothing is learned"
+
+
+def test_sampled_tail_kl_refuses_what_is_no_head_and_draws():
+    """Without draws the tail would count for nothing: the bias that this loss is there to avoid."""
+    ids, values, entropy = head_and_draws(logits(2, 30), 3, 2)
+    with pytest.raises(ValueError, match="1 to 5.*got 0.*sparse_kl"):
+        sampled_tail_kl(logits(2, 30), ids, values, 0, entropy)
+    with pytest.raises(ValueError, match=r"entropy.*\(1,\).*\(2, 30\)"):
+        sampled_tail_kl(logits(2, 30), ids, values, 2, entropy[:1])
+    with pytest.raises(ValueError, match=r"\(1, 5\).*\(2, 5\).*\(M, k\)"):
+        sampled_tail_kl(logits(2, 30), ids[:1], values, 2, entropy)
+    with pytest.raises(ValueError, match="outside the student's vocabulary of 9"):
+        sampled_tail_kl(logits(2, 9), ids + 9, values, 2, entropy)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 100.0])
+def test_chunk_divergence_is_the_divergence_of_two_outcomes(temperature):
+    """Its minimum must be the teacher's likelihood, whatever that is, and nowhere else."""
+    teacher = -torch.tensor([1e-4, 0.1, 2.0, 30.0]).double()
+    student = torch.tensor([-0.3, -0.2, -2.5, -20.0]).double()
+    p, q = ((values / temperature).exp() for values in (teacher, student))
+    expected = temperature * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log())
+    torch.testing.assert_close(chunk_divergence(student, teacher, temperature), expected, atol=1e-4, rtol=1e-4)
+
+    same = teacher.float().requires_grad_()
+    loss = chunk_divergence(same, teacher.float(), temperature)
+    (grad,) = torch.autograd.grad(loss.sum(), same)
+    assert loss.abs().max() == 0 and grad.abs().max() < 1e-5
+
+
+def test_chunk_divergence_is_finite_where_one_side_is_certain():
+    """log(1 - p) of a token that both tokenizers make inevitable is minus infinity."""
+    student = torch.tensor([0.0, -1.0, -0.0, -1e5, -3.0], requires_grad=True)
+    loss = chunk_divergence(student, torch.tensor([0.0, 0.0, -2.0, -1.0, -torch.inf]))
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(student.grad).all()
+    assert loss[0] == 0 and (loss[1:] > 0).all() and student.grad[2] > 0, "a student that is too sure is told"
+    with pytest.raises(ValueError, match="one number per chunk"):
+        chunk_divergence(torch.zeros(2), torch.zeros(1))
+
+
+def test_a_chunks_loss_stands_once_at_its_last_token():
+    """Counted at every token, long chunks would weigh by their length squared."""
+    student = logits(7, 11).double().requires_grad_()
+    targets = torch.tensor([3, 5, 2, 8, 1, 1, 0])
+    chunks = torch.tensor([-1, 0, 0, -1, 0, 2, -1])
+    teacher = torch.tensor([-4.0, -1.0, -2.0]).double()
+    loss = chunk_likelihood_loss(student, targets, chunks, teacher)
+    logprobs = student.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    whole = torch.stack([logprobs[[1, 2, 4]].sum(), logprobs[5]])
+    expected = chunk_divergence(whole, teacher[[0, 2]])
+    assert loss[[0, 1, 2, 3, 6]].abs().max() == 0
+    torch.testing.assert_close(loss[[4, 5]], expected)
+    assert (chunk_likelihood_loss(student, targets, torch.full((7,), -1), teacher[:0]) == 0).all()

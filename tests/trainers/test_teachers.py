@@ -9,9 +9,13 @@ from trainers.teachers import (
     DenseSignal,
     HFTeacher,
     SparseSignal,
+    SparseTeacher,
     Teacher,
     check_same_tokenizer,
+    row_seeds,
+    sparse,
     speaking_positions,
+    to_sparse,
 )
 
 
@@ -160,3 +164,124 @@ def test_tokenizers_of_equal_size_are_told_apart():
         check_same_tokenizer(byte_tokenizer(), other)
     with pytest.raises(ValueError, match="without a tokenizer"):
         HFTeacher(tiny_teacher()).check_tokenizer(byte_tokenizer())
+
+
+def test_sparse_form_keeps_an_exact_head_and_draws_of_equal_weight():
+    """What a store keeps is all that training ever sees: weights that do not sum to one are a bias for good."""
+    logits = 2 * torch.randn(2, 5, 40)
+    signal = to_sparse(DenseSignal.from_logits(logits), 12, 5, seed=3)
+    logprobs = logits.log_softmax(-1)
+    values, ids = logprobs.topk(7)
+    assert torch.equal(signal.top_ids[..., :7], ids) and signal.num_draws == 5
+    torch.testing.assert_close(signal.top_logprobs[..., :7], values)
+    torch.testing.assert_close(signal.top_logprobs.exp().sum(-1), torch.ones(2, 5))
+    assert not (signal.top_ids[..., 7:, None] == ids[..., None, :]).any(), "a draw from the head counts it twice"
+    torch.testing.assert_close(signal.entropy, -(logprobs.exp() * logprobs).sum(-1))
+    bucket = to_sparse(DenseSignal.from_logits(logits), 12, 0)
+    assert torch.equal(bucket.top_ids, logprobs.topk(12).indices) and bucket.num_draws == 0
+    assert bucket.entropy is None
+
+
+def test_draws_follow_the_tail():
+    """Draws by any other law are another teacher, and the loss does not show it."""
+    logits = torch.randn(1, 1, 12).expand(200, 100, 12)
+    signal = to_sparse(DenseSignal.from_logits(logits), 8, 5, seed=0)
+    tail = logits[0, 0].softmax(-1).scatter(0, signal.top_ids[0, 0, :3], 0.0)
+    shares = torch.bincount(signal.top_ids[..., 3:].flatten(), minlength=12) / 100_000
+    torch.testing.assert_close(shares, tail / tail.sum(), atol=0.006, rtol=0)
+
+
+def test_draws_depend_on_the_seed_alone(monkeypatch):
+    """A store is resumed, or read on a machine with another chunk size, and must be the same store."""
+    dense = DenseSignal.from_logits(torch.randn(3, 7, 30))
+    whole = to_sparse(dense, 10, 6, seed=5)
+    monkeypatch.setattr(sparse, "CHUNK_ELEMENTS", 60)
+    for again in (
+        to_sparse(dense, 10, 6, seed=5),
+        to_sparse(dense, 10, 6, 5),
+        to_sparse(dense, 10, 6, torch.Generator().manual_seed(5)),
+    ):
+        assert torch.equal(again.top_ids, whole.top_ids) and torch.equal(again.top_logprobs, whole.top_logprobs)
+    assert not torch.equal(to_sparse(dense, 10, 6, seed=6).top_ids, whole.top_ids)
+    for wrong in ({}, {"seed": 1, "generator": 1}):
+        with pytest.raises(ValueError, match="Draws need a seed"):
+            to_sparse(dense, 10, 6, **wrong)
+    rows = to_sparse(dense, 10, 6, seed=[7, 8, 7])
+    last = DenseSignal.from_logits(dense.hidden_states[1:2])
+    assert torch.equal(rows.top_ids[1:2], to_sparse(last, 10, 6, seed=[8]).top_ids), "a row's seed is its own"
+    with pytest.raises(ValueError, match="2 seeds for 3 rows"):
+        to_sparse(dense, 10, 6, seed=[7, 8])
+    with pytest.raises(ValueError, match="got 4 and 6"):
+        to_sparse(dense, 4, 6, seed=1)
+
+
+def test_sparse_form_never_holds_all_logits(monkeypatch):
+    """(tokens, vocabulary) of a batch is 32 GB for 64k tokens of a 128k vocabulary."""
+    monkeypatch.setattr(sparse, "CHUNK_ELEMENTS", 1000)
+    rows = []
+
+    def project(hidden):
+        rows.append(len(hidden))
+        return hidden @ torch.ones(8, 100)
+
+    signal = DenseSignal(torch.randn(4, 20, 8), project, vocab_size=100)
+    to_sparse(signal, 20, 8, seed=0)
+    assert max(rows) == 10 and sum(rows) == 80
+
+
+def test_sparse_form_of_a_small_or_padded_vocabulary():
+    """Columns that no token uses would be drawn and then missed; a head that holds all leaves nothing to draw from."""
+    logits = torch.randn(1, 6, 30)
+    padded = torch.cat([logits, torch.full((1, 6, 10), 9.0)], -1)
+    signal = to_sparse(DenseSignal.from_logits(padded, num_tokens=30), 12, 8, seed=0)
+    assert signal.top_ids.max() < 30 and signal.vocab_size == 40
+    student = torch.randn(6, 30)
+    index = torch.arange(6)
+    everything = to_sparse(DenseSignal.from_logits(logits), 38, 6, seed=0)
+    dense = DenseSignal.from_logits(logits).loss(student, index)
+    torch.testing.assert_close(everything.loss(student, index), dense, atol=1e-5, rtol=1e-5)
+
+
+def test_sparse_signal_with_draws_is_judged_as_such():
+    """Draws that are read as a top-k with a tail bucket teach that the teacher thinks them likely."""
+    logits = torch.randn(2, 300, 60)
+    mask = torch.ones(2, 300).long()
+    mask[0, :2] = 0
+    dense = DenseSignal.from_logits(logits, positions=speaking_positions(mask))
+    student, index = torch.randn(600, 60), torch.arange(600)
+    signal = to_sparse(dense, 20, 8, seed=0)
+    losses = signal.loss(student, index)
+    assert (losses[:2] == 0).all()
+    exact = dense.loss(student, index)
+    assert abs((losses - exact).mean()) < 5 * (losses - exact).std() / 600**0.5
+    with pytest.raises(ValueError, match="temperature 2.0.*kd_temperature"):
+        signal.loss(student, index, 2.0)
+    fields = {"top_ids": signal.top_ids, "top_logprobs": signal.top_logprobs, "vocab_size": 60}
+    with pytest.raises(ValueError, match="num_draws. is 8 but there is no .entropy"):
+        SparseSignal(**fields, num_draws=8)
+    with pytest.raises(ValueError, match="0 to 20.*got 21"):
+        SparseSignal(**fields, num_draws=21, entropy=signal.entropy)
+    with pytest.raises(ValueError, match=r"entropy.*\(2,\).*\(B, T\)"):
+        SparseSignal(**fields, num_draws=8, entropy=signal.entropy[:, 0])
+
+
+def test_sparse_teacher_says_of_a_teacher_what_a_store_keeps():
+    """A trial of a store's loss must be a trial of that loss, and must not promise temperatures."""
+    model = tiny_teacher()
+    teacher = SparseTeacher(HFTeacher(model, byte_tokenizer()), 20, 8, seed=1)
+    assert isinstance(teacher, Teacher) and teacher.capabilities.form == "sparse"
+    assert not teacher.capabilities.any_temperature
+    ids = text_batch(2, 16)
+    first = teacher.signal(ids)
+    expected = to_sparse(HFTeacher(model, byte_tokenizer()).signal(ids), 20, 8, seed=row_seeds(ids, 1))
+    assert torch.equal(first.top_ids, expected.top_ids)
+    # an evaluation in between, or a resumed run, must not change what is learned
+    assert torch.equal(teacher.signal(ids[1:]).top_ids, first.top_ids[1:])
+    other = SparseTeacher(HFTeacher(model, byte_tokenizer()), 20, 8, seed=2).signal(ids)
+    assert not torch.equal(first.top_ids, other.top_ids)
+    teacher.check()
+    with pytest.raises(ValueError, match="gives sparse ones"):
+        SparseTeacher(teacher)
+    teacher.close()
+    with pytest.raises(RuntimeError, match="is closed"):
+        teacher.signal(ids)

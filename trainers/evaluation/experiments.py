@@ -38,6 +38,12 @@ def brier(table: SideBySide, run: Run) -> dict[str, float]:
     return {f"Brier-{n}": 100 * float(score) for n, score in enumerate(scores[:4], start=1)}
 
 
+def teacher_divergence(table: SideBySide, run: Run) -> dict[str, float]:
+    """KL(teacher || student) in nats per token, and the text's own NLL."""
+    result = table.result(run)
+    return {"KL to the teacher": result["kl_to_teacher"], "NLL": result["nll"]}
+
+
 @dataclass(frozen=True)
 class Experiment:
     """A question and the variants that answer it.
@@ -66,6 +72,15 @@ def _window(patches: int) -> Callable[[Run], Run]:
 
 def _weights(**weights: float) -> Callable[[Run], Run]:
     return lambda run: replace(run, weights=weights)
+
+
+# The token LM that teaches, whatever the students' size.
+TEACHER = Run("token_lm", 4e-3, student={"hidden_size": 256, "num_hidden_layers": 4})
+
+
+def _taught(ce_weight: float = 0.0, **signal: Any) -> Callable[[Run], Run]:
+    weights = {"ce_weight": ce_weight, "kd_weight": 1.0 - ce_weight}
+    return lambda run: replace(run, weights=weights, teacher=TEACHER, signal=signal)
 
 
 EXPERIMENTS = {
@@ -112,6 +127,17 @@ EXPERIMENTS = {
         },
         judge=brier,
         needs_codec=True,
+    ),
+    "sparse_kd": Experiment(
+        "What does a student lose that learns from twenty stored ids per token?",
+        {
+            "full distributions": _taught(),
+            "12 exact + 8 draws": _taught(k=20, num_draws=8),
+            "top 20 + tail bucket": _taught(k=20, num_draws=0),
+            "top 20 + tail bucket, 0.1 CE": _taught(0.1, k=20, num_draws=0),
+            "top 20 renormalised (negative)": _taught(k=20, num_draws=0, renormalised=True),
+        },
+        judge=teacher_divergence,
     ),
 }
 

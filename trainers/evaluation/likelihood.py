@@ -4,6 +4,7 @@ B batch, T tokens.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -80,3 +81,46 @@ def held_out_likelihood(
 
 def _decode(tokenizer: Any, ids: torch.Tensor) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@torch.no_grad()
+def divergence_from_teacher(model: Any, teacher: Any, batches: Iterable[dict[str, torch.Tensor]]) -> float:
+    """A teacher's loss of a student on held-out text, per predicted token: KL(teacher || student) in nats for one with
+    full distributions.
+
+    Args:
+        model: a student; put in eval mode for the time of the call.
+        teacher: see [`~trainers.teachers.Teacher`]; it stays open.
+        batches: `input_ids`, `attention_mask` and `labels`, each `(B, T)`.
+
+    Raises:
+        ValueError: no token to predict.
+    """
+    was_training = model.training
+    model.eval()
+    nats, num_tokens = 0.0, 0
+    try:
+        for batch in batches:
+            batch = {name: values.to(model.device) for name, values in batch.items()}
+            signal = teacher.signal(batch["input_ids"], batch["attention_mask"])
+            output = model(
+                **batch,
+                loss_weights={"kd": 1.0},
+                distillation=signal.loss,
+                distillation_starts=signal.starts,
+                output_logits=False,
+                num_items_in_batch=1,
+            )
+            nats += float(output.loss)
+            num_tokens += int(predicted(batch["labels"], batch["attention_mask"]).sum())
+    finally:
+        model.train(was_training)
+    if not num_tokens:
+        raise ValueError("No token to predict: the batches are empty, or masked everywhere.")
+    return nats / num_tokens
+
+
+def predicted(labels: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """`(B, T)`, where a label counts: nothing predicts a row's first unmasked token."""
+    first = (attention_mask != 0).long().cumsum(1) <= 1
+    return (labels != -100) & ~first

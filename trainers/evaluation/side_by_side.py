@@ -40,9 +40,12 @@ from ..ae_trainer import AETrainer
 from ..data import DataArguments, PatchCollator, load_blocks, load_texts
 from ..kd_config import KDConfig
 from ..kd_trainer import KDTrainer
+from ..teachers.base import SparseSignal
 from ..teachers.hf_teacher import HFTeacher
+from ..teachers.sparse import SparseTeacher
 from ..token_lm import GRANITE, TokenLMConfig, TokenLMTrainer, build_token_lm
 from ..tokenizer import train_tokenizer
+from .likelihood import divergence_from_teacher
 
 
 RECORDS = Path(__file__).parent.parent.parent / "docs" / "runs"
@@ -71,6 +74,15 @@ class DecoderAlone(LatentForgeForCausalLM):
         return self.model.start.expand(grid.input_ids.shape[0], num_patches + 1, -1), None
 
 
+class RenormalisedTeacher(SparseTeacher):
+    """What not to do, for comparison only: the stored ids are taken for all there is."""
+
+    def signal(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> SparseSignal:
+        signal = super().signal(input_ids, attention_mask)
+        signal.top_logprobs = signal.top_logprobs.log_softmax(-1)
+        return signal
+
+
 KINDS = ("token_lm", "student", "decoder_alone")
 
 
@@ -86,6 +98,8 @@ class Run:
         student: fields of `LatentForgeConfig`; of a token LM, arguments of `build_token_lm`.
         weights: fields of `KDConfig` (`ce_weight`, ...).
         teacher: the token LM that teaches, or None.
+        signal: what of the teacher's distributions the student learns from, arguments of `SparseTeacher`; with
+            `renormalised`, as if nothing else existed. Empty: all of them.
         autoencoder: directory of a trained codec, or None: an untrained one, for students that never read it.
     """
 
@@ -97,6 +111,7 @@ class Run:
     weights: dict[str, Any] = field(default_factory=dict)
     teacher: "Run | None" = None
     autoencoder: str | None = None
+    signal: dict[str, Any] = field(default_factory=dict)
 
     def __hash__(self) -> int:
         return hash(json.dumps(asdict(self), sort_keys=True))
@@ -198,7 +213,10 @@ class SideBySide:
         # what a run leaves open is part of what it was: a new default makes a new run
         defaults = GRANITE if run.kind == "token_lm" else STUDENT_DEFAULTS
         teacher = run.teacher and self._portable(run.teacher)
-        return asdict(run) | {"autoencoder": codec, "student": {**defaults, **run.student}, "teacher": teacher}
+        portable = asdict(run) | {"autoencoder": codec, "student": {**defaults, **run.student}, "teacher": teacher}
+        if not run.signal:
+            del portable["signal"]  # runs from before there was a choice keep their names
+        return portable
 
     def provenance(self) -> str:
         """What a figure made of these runs must say about them, to be put behind it."""
@@ -245,7 +263,7 @@ class SideBySide:
 
     def result(self, run: Run) -> dict[str, Any]:
         """Train (or resume, or just read) a run: `nll` (nats/token, held-out), `nll_by_context`, `seconds`, and of a
-        student `nll_shuffled`, with the contexts of other documents."""
+        student `nll_shuffled`, with the contexts of other documents, and `kl_to_teacher` where it had one."""
         known = self._known(run)
         if known is not None:
             return known
@@ -260,6 +278,8 @@ class SideBySide:
         if run.kind == "student":
             with shuffled_context(model):
                 result["nll_shuffled"] = self.judge(model)["nll"]
+            if run.teacher is not None:
+                result["kl_to_teacher"] = self.kl_to_teacher(model, run.teacher)
         result |= {"run": self._portable(run), "shared": self.shared, "code": training_code()}
         result["seconds"] = json.loads((folder / "seconds.json").read_text())
         for path in self._result_files(run):
@@ -376,11 +396,15 @@ class SideBySide:
                 args=TokenLMConfig(**arguments), data_collator=PatchCollator(1), **common
             )
         else:
-            teacher = None
+            teacher: Any = None
             if run.teacher is not None:
                 self.load(run.teacher)
                 dtype = torch.bfloat16 if self.bf16 else None  # of the teacher's weights
                 teacher = HFTeacher(str(self.work_dir / self.name(run.teacher) / "model"), self.tokenizer, dtype)
+                if run.signal:
+                    options = dict(run.signal)
+                    kind = RenormalisedTeacher if options.pop("renormalised", False) else SparseTeacher
+                    teacher = kind(teacher, seed=run.seed, **options)
             trainer = KDTrainer(
                 args=KDConfig(**arguments, **run.weights),
                 data_collator=PatchCollator(run.patch_size),
@@ -417,6 +441,15 @@ class SideBySide:
             "nll_by_context": by_context,
             "eval_tokens": int(counts.sum()),
         }
+
+    def kl_to_teacher(self, model: Any, teacher: Run) -> float:
+        """KL(teacher || student) in nats per token, of the rows whose NLL is reported."""
+
+        def reported() -> Iterator[dict[str, torch.Tensor]]:
+            for batch in self.eval_batches():
+                yield {name: values[::2] for name, values in batch.items()}
+
+        return divergence_from_teacher(model, HFTeacher(self.load(teacher), self.tokenizer), reported())
 
     def eval_batches(self, rows: int = 16) -> Iterator[dict[str, torch.Tensor]]:
         """Batches of held-out blocks that lie far apart in the corpus, so that no two rows are of one document."""

@@ -2,8 +2,9 @@
 
 M tokens, V vocabulary, k stored entries per token.
 
-Both functions give KL(teacher || student): zero exactly when the student agrees, and the student is asked to cover
-everything that the teacher finds likely. The sum over the M tokens and its normalisation are the model's business.
+All functions give KL(teacher || student), from what is known of the teacher: all of it, its top k and the mass of the
+rest, or its top and draws from the rest. The student is asked to cover everything that the teacher finds likely. The
+sum over the M tokens and its normalisation are the model's business.
 """
 
 import torch
@@ -89,6 +90,44 @@ def dense_kl(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tempera
     return temperature**2 * _DenseKL.apply(student_logits, teacher_logits.detach(), temperature)
 
 
+def refuse_temperature(temperature: float) -> None:
+    """Raises `ValueError` unless it is 1: what is known sparsely is known at the temperature at which it was made."""
+    if temperature != 1:
+        raise ValueError(
+            f"A sparse teacher signal cannot be brought to temperature {temperature}: how the mass outside its top k "
+            "would spread is unknown. "
+            "Set `kd_temperature` to 1, or use a teacher that gives full logits."
+        )
+
+
+def _present_entries(
+    student_logits: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor, prefix: str = ""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stored entries `(M, k)` -> ids that may be gathered (0 where absent), and which are present.
+
+    Raises:
+        ValueError: unequal shapes, or a present id outside the student's vocabulary.
+    """
+    if ids.shape != logprobs.shape or ids.shape[:-1] != student_logits.shape[:-1]:
+        raise ValueError(
+            f"`{prefix}ids` {tuple(ids.shape)} and `{prefix}logprobs` {tuple(logprobs.shape)} must both be (M, k), "
+            "with the M of the student's "
+            f"logits {tuple(student_logits.shape)}."
+        )
+    vocab_size = student_logits.shape[-1]
+    # NaN counts as absent
+    present = logprobs > ABSENT_LOGPROB
+    ids = ids.long()
+    if bool((present & ((ids < 0) | (ids >= vocab_size))).any()):
+        raise ValueError(
+            f"`{prefix}ids` holds ids outside the student's vocabulary of {vocab_size} (largest: "
+            f"{int(ids[present].max())}): the teacher uses "
+            "another tokenizer. Mark ids that the student lacks as absent (log-probability <= -1e3), or use a teacher "
+            "with the same tokenizer."
+        )
+    return ids.masked_fill(~present, 0), present
+
+
 def sparse_kl(
     student_logits: torch.Tensor, top_ids: torch.Tensor, top_logprobs: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
@@ -112,32 +151,10 @@ def sparse_kl(
         ValueError: unequal shapes, a present id outside the student's vocabulary (it would be a gather out of bounds),
             or another temperature.
     """
-    if temperature != 1:
-        raise ValueError(
-            f"A sparse teacher signal cannot be brought to temperature {temperature}: how the mass outside its top k "
-            "would spread is unknown. "
-            "Set `kd_temperature` to 1, or use a teacher that gives full logits."
-        )
-    if top_ids.shape != top_logprobs.shape or top_ids.shape[:-1] != student_logits.shape[:-1]:
-        raise ValueError(
-            f"`top_ids` {tuple(top_ids.shape)} and `top_logprobs` {tuple(top_logprobs.shape)} must both be (M, k), "
-            "with the M of the student's "
-            f"logits {tuple(student_logits.shape)}."
-        )
+    refuse_temperature(temperature)
+    top_ids, present = _present_entries(student_logits, top_ids, top_logprobs, "top_")
     vocab_size = student_logits.shape[-1]
     student = _logprobs(student_logits, 1.0).clamp(min=MIN_LOGPROB)  # (M, V)
-    # NaN counts as absent
-    present = top_logprobs > ABSENT_LOGPROB  # (M, k)
-    top_ids = top_ids.long()
-    if bool((present & ((top_ids < 0) | (top_ids >= vocab_size))).any()):
-        raise ValueError(
-            f"`top_ids` holds ids outside the student's vocabulary of {vocab_size} (largest: "
-            f"{int(top_ids[present].max())}): the teacher uses "
-            "another tokenizer. Mark ids that the student lacks as absent (log-probability <= -1e3), or use a teacher "
-            "with the same tokenizer."
-        )
-    top_ids = top_ids.masked_fill(~present, 0)
-
     logprobs = _float(top_logprobs.detach()).masked_fill(~present, 0.0).to(student.dtype)
     probs = logprobs.exp() * present
     mass = probs.sum(-1)
@@ -157,3 +174,53 @@ def sparse_kl(
     student_tail = student.masked_fill(in_top & has_tail[:, None], -torch.inf).logsumexp(-1)
     teacher_tail = torch.where(has_tail, tail, 1.0).log()
     return head + torch.where(has_tail, tail * (teacher_tail - student_tail), 0.0)
+
+
+def sampled_tail_kl(
+    student_logits: torch.Tensor,
+    ids: torch.Tensor,
+    logprobs: torch.Tensor,
+    num_draws: int,
+    entropy: torch.Tensor,
+) -> torch.Tensor:
+    """Unbiased estimate of KL(teacher || student) from an exact head and draws from the tail.
+
+    The first `k - num_draws` entries are ids with their probabilities, the last `num_draws` are drawn with replacement
+    from all other ids, in proportion to the teacher's probabilities there. Every draw stands for an equal share of
+    their mass, so value and gradient are, in expectation over the draws, those of [`dense_kl`]; the plain sampling of
+    arXiv 2503.16870 is the case without a head. A single value may be negative, and the gradient of a single token is
+    not zero where the student agrees: only their expectations are.
+
+    Args:
+        student_logits: `(M, V)`; carries the gradient.
+        ids: `(M, k)`; an id may be drawn several times.
+        logprobs: `(M, k)`; of the head the teacher's log-probabilities at temperature 1, of each draw
+            `log(residual / num_draws)`, residual being the mass outside the head. Values <= -1e3 mark absent entries.
+        num_draws: 1 to k.
+        entropy: `(M,)` nats, of the teacher's whole distribution: draws keep no probabilities of their own, and
+            without it the value would be a cross-entropy. It has no part in the gradient.
+
+    Returns:
+        `(M,)` in nats, fp32 or wider. A row without any present entry gives 0.
+
+    Raises:
+        ValueError: unequal shapes, `num_draws` out of range, or a present id outside the student's vocabulary.
+    """
+    if not 1 <= num_draws <= ids.shape[-1]:
+        raise ValueError(
+            f"`num_draws` must lie in 1 to {ids.shape[-1]} (entries of a token), got {num_draws}. Without draws the "
+            "tail is one bucket: use `sparse_kl`."
+        )
+    if entropy.shape != student_logits.shape[:-1]:
+        raise ValueError(
+            f"`entropy` {tuple(entropy.shape)} must be (M,), with the M of the student's logits "
+            f"{tuple(student_logits.shape)}."
+        )
+    ids, present = _present_entries(student_logits, ids, logprobs)
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    weights = logprobs.detach().to(dtype).masked_fill(~present, -torch.inf).exp()
+    # Autograd's own chain: measured for 1024 tokens of a vocabulary of 4096 on one core, 7.4 ms, where the gradient in
+    # closed form took 10.0 (and `dense_kl` takes 24).
+    student = _logprobs(student_logits, 1.0).gather(-1, ids).clamp(min=MIN_LOGPROB)
+    cross_entropy = -(weights * student).sum(-1)
+    return cross_entropy - torch.where(present.any(-1), entropy.detach().to(dtype), 0.0)

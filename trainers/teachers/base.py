@@ -14,7 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from ..losses.divergence import ABSENT_LOGPROB, dense_kl, sparse_kl
+from ..losses.chunk_likelihood import chunk_likelihood_loss
+from ..losses.divergence import ABSENT_LOGPROB, dense_kl, refuse_temperature, sampled_tail_kl, sparse_kl
 
 
 def speaking_positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -74,6 +75,12 @@ class TeacherSignal(ABC):
     temperature: float
     tokenizer_id: str | None
     positions: torch.Tensor | None
+
+    @property
+    def starts(self) -> torch.Tensor | None:
+        """`(B, T)`, False where a position's loss needs the logits of the one before in the same call; None: nowhere.
+        What a student's forward takes as `distillation_starts`."""
+        return None
 
     def loss(self, student_logits: torch.Tensor, index: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
         """KL(teacher || student) of one chunk, `temperature**2` included: `(M, V)`, `(M,)` -> `(M,)` nats per token.
@@ -157,8 +164,8 @@ class SparseSignal(TeacherSignal):
             kept, to give a divergence and not only a cross-entropy.
 
     Raises:
-        ValueError: unequal shapes, draws without entropy, or a temperature other than 1 (vLLM, for one, ignores it for
-            given tokens).
+        ValueError: unequal shapes, `num_draws` out of range, draws without entropy, or a temperature other than 1
+            (vLLM, for one, ignores it for given tokens).
     """
 
     top_ids: torch.Tensor
@@ -183,6 +190,19 @@ class SparseSignal(TeacherSignal):
                 "one is unknown. "
                 "Ask the teacher for log-probabilities at temperature 1."
             )
+        if not 0 <= self.num_draws <= self.top_ids.shape[-1]:
+            raise ValueError(
+                f"`num_draws` must lie in 0 to {self.top_ids.shape[-1]} (entries of a token), got {self.num_draws}."
+            )
+        if self.num_draws and self.entropy is None:
+            raise ValueError(
+                f"`num_draws` is {self.num_draws} but there is no `entropy`: without it the loss of draws is no "
+                "divergence. Keep the teacher's entropy beside them, as `to_sparse` does."
+            )
+        if self.entropy is not None and self.entropy.shape != self.top_ids.shape[:2]:
+            raise ValueError(
+                f"`entropy` {tuple(self.entropy.shape)} must be (B, T), as `top_ids` {tuple(self.top_ids.shape)}."
+            )
 
     def divergence(self, student_logits: torch.Tensor, index: torch.Tensor, temperature: float) -> torch.Tensor:
         index = index.to(self.top_ids.device)
@@ -191,7 +211,81 @@ class SparseSignal(TeacherSignal):
         if student_logits.shape[-1] < self.vocab_size:
             # padded columns of the teacher: no text holds them, their mass falls into the tail
             top_logprobs = top_logprobs.masked_fill(top_ids >= student_logits.shape[-1], 10 * ABSENT_LOGPROB)
-        return sparse_kl(student_logits, top_ids, top_logprobs, temperature)
+        if not self.num_draws:
+            return sparse_kl(student_logits, top_ids, top_logprobs, temperature)
+        refuse_temperature(temperature)
+        assert self.entropy is not None  # see __post_init__
+        entropy = self.entropy.flatten()[index].to(student_logits.device)
+        return sampled_tail_kl(student_logits, top_ids, top_logprobs, self.num_draws, entropy)
+
+
+@dataclass
+class ChunkSignal(TeacherSignal):
+    """Likelihoods of pieces of the text itself, from a teacher with another tokenizer; see `alignment.py`.
+
+    A chunk's loss stands at the position that predicts its last token, 0 at all others.
+
+    Args:
+        targets: `(B, T)`, the student's id that each position predicts; any id where it belongs to no chunk.
+        chunks: `(B, T)`, the chunk of each position, 0 to N - 1 in ascending order, or -1 for none. A chunk lies in
+            one row.
+        teacher_logprobs: `(N,)`, of the whole chunk, at temperature 1.
+        vocab_size: the *student's* columns: nothing else is known of the teacher's distributions.
+        num_tokens, temperature, tokenizer_id, positions: see [`TeacherSignal`].
+
+    Raises:
+        ValueError: unequal shapes, or another temperature than 1.
+    """
+
+    targets: torch.Tensor
+    chunks: torch.Tensor
+    teacher_logprobs: torch.Tensor
+    vocab_size: int
+    num_tokens: int | None = None
+    temperature: float = 1.0
+    tokenizer_id: str | None = None
+    positions: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if self.targets.shape != self.chunks.shape or self.targets.ndim != 2:
+            raise ValueError(
+                f"`targets` {tuple(self.targets.shape)} and `chunks` {tuple(self.chunks.shape)} must both be (B, T)."
+            )
+        refuse_temperature(self.temperature)
+        num_chunks = len(self.teacher_logprobs)
+        flat = self.chunks.flatten()
+        places = torch.arange(len(flat), device=flat.device)
+        buffer = flat.remainder(num_chunks + 1)  # the last place takes what belongs to none
+        first = places.new_full((num_chunks + 1,), len(flat)).scatter_reduce(0, buffer, places, "amin")[:num_chunks]
+        last = places.new_zeros(num_chunks + 1).scatter_reduce(0, buffer, places, "amax")[:num_chunks]
+        self._lengths = torch.bincount(buffer, minlength=num_chunks + 1)[:num_chunks]
+        inside = places.new_zeros(len(flat) + 1)
+        known = self._lengths > 0
+        inside = inside.index_add(0, first[known] + 1, torch.ones_like(first[known]))
+        inside = inside.index_add(0, last[known] + 1, -torch.ones_like(last[known]))
+        self._starts = (inside.cumsum(0)[:-1] == 0).view_as(self.chunks)
+
+    @property
+    def starts(self) -> torch.Tensor:
+        """`(B, T)`, False inside a chunk: its tokens must be judged together."""
+        return self._starts
+
+    def divergence(self, student_logits: torch.Tensor, index: torch.Tensor, temperature: float) -> torch.Tensor:
+        refuse_temperature(temperature)
+        index = index.to(self.chunks.device)
+        chunks = self.chunks.flatten()[index]
+        num_chunks = len(self.teacher_logprobs)
+        here = torch.bincount(chunks.remainder(num_chunks + 1), minlength=num_chunks + 1)[:num_chunks]
+        if bool(((here > 0) & (here < self._lengths)).any()):
+            raise ValueError(
+                "A chunk of the text was parted: its likelihood is the product over all of its tokens. Pass the "
+                "signal's `starts` to the student's forward as `distillation_starts`."
+            )
+        targets = self.targets.flatten()[index]
+        device = student_logits.device
+        return chunk_likelihood_loss(
+            student_logits, targets.to(device), chunks.to(device), self.teacher_logprobs.to(device)
+        )
 
 
 @dataclass(frozen=True)
@@ -199,7 +293,8 @@ class TeacherCapabilities:
     """What a teacher can give. Asked before training starts, and refused there.
 
     Attributes:
-        form: `dense` (full distributions) or `sparse` (top-k with a tail).
+        form: `dense` (full distributions), `sparse` (top-k with a tail, or draws) or `chunks` (likelihoods of pieces
+            of the text, across tokenizers).
         scores_given_tokens: it gives distributions for *our* text; a teacher that only writes its own cannot be used
             in [`KDTrainer`].
         any_temperature: its distributions can be softened (full logits can, a top-k cannot).
@@ -285,5 +380,6 @@ def check_same_tokenizer(student_tokenizer: Any, teacher_tokenizer: Any) -> None
                 f"codec's ({getattr(student_tokenizer, 'name_or_path', '') or 'unnamed'}, {len(student_tokenizer)} "
                 f"ids): {text[:24]!r} reads "
                 f"{b[:6]} there and {a[:6]} here. Train the codec with the teacher's tokenizer (`--tokenizer` of "
-                "train_autoencoder.py)."
+                "train_autoencoder.py), or learn from the likelihoods of whole pieces of text "
+                "(`--kd_alignment bytes`)."
             )

@@ -22,6 +22,7 @@ from .base import (
     speaking_positions,
 )
 from .identity import identity_of, tokenizer_hash
+from .sparse import row_seeds, to_sparse
 from .store import KDStore, Shape, StoredTeacher, StoreError
 from .store_rows import KeyMaker, StoredRow
 
@@ -29,7 +30,6 @@ from .store_rows import KeyMaker, StoredRow
 logger = logging.getLogger(__name__)
 
 DEFAULT_K = 20  # what servers give unless told otherwise
-CHUNK_NUMBERS = 2**24  # logits of a dense teacher at a time, when they are reduced
 ABSENT = 10 * ABSENT_LOGPROB
 
 
@@ -169,9 +169,8 @@ class CachedTeacher:
     ) -> dict[bytes, StoredRow]:
         assert self.teacher is not None
         keys, places = list(lacking), torch.tensor(list(lacking.values()), device=input_ids.device)
-        seed = int.from_bytes(keys[0][:7], "big") ^ self.shape.draw_seed
         mask = None if attention_mask is None else attention_mask[places]
-        answers = score_rows(self.teacher, input_ids[places], mask, self.shape, seed)
+        answers = score_rows(self.teacher, input_ids[places], mask, self.shape)
         rows = dict(zip(keys, answers, strict=True))
         self.statistics.asked += len(rows)
         whole = {key: row for key, row in rows.items() if is_whole(row)}
@@ -276,7 +275,6 @@ def score_rows(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     shape: Shape,
-    seed: int = 0,
 ) -> list[StoredRow]:
     """Ask a teacher about a batch `(B, T)` and take its answer apart: one row for each text, not yet stored.
 
@@ -287,9 +285,18 @@ def score_rows(
     """
     with torch.no_grad(), torch.autocast(input_ids.device.type, enabled=False):
         signal = teacher.signal(input_ids, attention_mask)
-    generator = torch.Generator().manual_seed(seed)
     mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
-    sparse = to_sparse(signal, shape.num_exact + shape.num_draws, shape.num_draws, generator, mask)
+    k, num_draws = shape.num_exact + shape.num_draws, shape.num_draws
+    if isinstance(signal, SparseSignal):
+        sparse = fewer_entries(signal, k, num_draws)
+    elif not isinstance(signal, DenseSignal):
+        raise ValueError(f"{type(signal).__name__} is neither dense nor sparse: nothing to store.")
+    else:
+        # a text's draws are its own, whatever the batch
+        seeds = [
+            row_seeds(row[seen][None], shape.draw_seed)[0] for row, seen in zip(input_ids.cpu(), mask.cpu(), strict=True)
+        ]
+        sparse = to_sparse(signal, k, num_draws, seed=seeds if num_draws else None)
     top_ids, top_logprobs = sparse.top_ids.cpu().numpy(), sparse.top_logprobs.float().cpu().numpy()
     entropy = None if sparse.entropy is None else sparse.entropy.float().cpu().numpy()
     ids, seen = input_ids.cpu().numpy(), mask.cpu().numpy()
@@ -313,61 +320,23 @@ def is_whole(row: StoredRow) -> bool:
     return bool((row.top_logprobs.max(-1, initial=-np.inf) > -1e3).all())
 
 
-def to_sparse(
-    signal: TeacherSignal,
-    k: int,
-    num_draws: int = 0,
-    generator: torch.Generator | None = None,
-    mask: torch.Tensor | None = None,
-) -> SparseSignal:
-    """Any signal as k entries a position.
-
-    Args:
-        signal: dense, or sparse with at least as many entries.
-        k: entries, draws included.
-        num_draws: draws among them; of a dense signal they are made with `generator`.
-        mask: `(B, T)`, only these positions are looked at; others are left empty.
+def fewer_entries(signal: SparseSignal, k: int, num_draws: int) -> SparseSignal:
+    """A sparse signal as k entries a position.
 
     Raises:
-        ValueError: the signal cannot give that.
+        ValueError: it gives fewer, or not so many draws.
     """
-    if isinstance(signal, SparseSignal):
-        given = signal.top_ids.shape[-1]
-        if (given, signal.num_draws) == (k, num_draws):
-            return signal
-        if num_draws or given - signal.num_draws < k:
-            raise ValueError(
-                f"The teacher gives {given} entries a token, {signal.num_draws} of them draws; asked for {k} with "
-                f"{num_draws} draws. Lower k, or raise what the teacher gives."
-            )
-        return SparseSignal(
-            signal.top_ids[..., :k],
-            signal.top_logprobs[..., :k],
-            vocab_size=signal.vocab_size,
-            num_tokens=signal.num_tokens,
-            tokenizer_id=signal.tokenizer_id,
-            positions=signal.positions,
+    given = signal.top_ids.shape[-1]
+    if (given, signal.num_draws) == (k, num_draws):
+        return signal
+    if num_draws or given - signal.num_draws < k:
+        raise ValueError(
+            f"The teacher gives {given} entries a token, {signal.num_draws} of them draws; asked for {k} with "
+            f"{num_draws} draws. Lower k, or raise what the teacher gives."
         )
-    if not isinstance(signal, DenseSignal):
-        raise ValueError(f"{type(signal).__name__} is neither dense nor sparse: nothing to store.")
-    if num_draws:
-        raise ValueError("Draws from a dense teacher's tail are not made here: give num_draws 0.")
-    if k > signal.vocab_size:
-        raise ValueError(f"k is {k} and the teacher has {signal.vocab_size} ids: lower k.")
-    shape = signal.hidden_states.shape[:2]
-    device = signal.hidden_states.device
-    index = torch.arange(shape.numel(), device=device) if mask is None else mask.flatten().nonzero()[:, 0].to(device)
-    top_ids = torch.zeros(shape.numel(), k, dtype=torch.long, device=device)
-    top_logprobs = torch.full((shape.numel(), k), ABSENT, device=device)
-    for chunk in index.split(max(1, CHUNK_NUMBERS // signal.vocab_size)):
-        logits = signal.logits(chunk).float()
-        values, ids = logits.topk(k)
-        top_ids[chunk] = ids
-        # of the k alone the exponential is needed by nobody
-        top_logprobs[chunk] = values - logits.logsumexp(-1, keepdim=True)
     return SparseSignal(
-        top_ids.view(*shape, k),
-        top_logprobs.view(*shape, k),
+        signal.top_ids[..., :k],
+        signal.top_logprobs[..., :k],
         vocab_size=signal.vocab_size,
         num_tokens=signal.num_tokens,
         tokenizer_id=signal.tokenizer_id,

@@ -13,6 +13,9 @@ from .base import DenseSignal, TeacherCapabilities, check_same_tokenizer, speaki
 
 logger = logging.getLogger(__name__)
 
+# Logits held at once by `target_logprobs`, in elements.
+TARGET_CHUNK_ELEMENTS = 2**22
+
 
 class HFTeacher:
     """Any causal LM that transformers loads: `teacher.signal(input_ids, attention_mask)` gives its distribution at
@@ -109,6 +112,30 @@ class HFTeacher:
         if not self._lazy:
             return DenseSignal.from_logits(values, **known)
         return DenseSignal(hidden_states=values, projection=self._project, vocab_size=self.vocab_size, **known)
+
+    @torch.no_grad()
+    def target_logprobs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """`(B, T)` ids and mask, padded on the right -> `(B, T)` fp32: at t the log-probability of token t + 1 after
+        the tokens up to t; 0 in the last column.
+
+        Raises:
+            ValueError: rows longer than the model knows positions for.
+        """
+        longest = getattr(self._alive().config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and input_ids.shape[1] > longest:
+            raise ValueError(
+                f"The teacher {self.name} reads the text as {input_ids.shape[1]} tokens and knows {longest} "
+                "positions: lower `block_size`."
+            )
+        signal = self.signal(input_ids, attention_mask)
+        device = signal.hidden_states.device
+        targets = nn.functional.pad(input_ids.to(device)[:, 1:], (0, 1)).flatten()
+        step = max(1, TARGET_CHUNK_ELEMENTS // self.vocab_size)
+        parts = [
+            -nn.functional.cross_entropy(signal.logits(index).float(), targets[index], reduction="none")
+            for index in torch.arange(targets.numel(), device=device).split(step)
+        ]
+        return nn.functional.pad(torch.cat(parts).view(input_ids.shape)[:, :-1], (0, 1))
 
     def _hidden_states(self, **inputs: torch.Tensor) -> torch.Tensor:
         model = self._alive()

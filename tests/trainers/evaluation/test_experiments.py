@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trainers.evaluation import experiments
+from trainers.evaluation import experiments, verify_sparse_kd
 from trainers.evaluation.side_by_side import Run, SideBySide
 
 
@@ -57,3 +57,21 @@ def test_an_unknown_experiment_names_those_there_are(table):
     """A misspelt name must not train for an hour first."""
     with pytest.raises(ValueError, match="decoder_windows.*decoder_window"):
         experiments.answer("decoder_windows", table)
+
+
+def test_stored_ids_are_judged_by_the_distance_to_the_teacher(table, monkeypatch):
+    """A gap that is taken between different seeds, or from another teacher, is noise with a sign."""
+    monkeypatch.setattr(verify_sparse_kd, "SPARSE_SEEDS", (0,))
+    monkeypatch.setattr(experiments, "TEACHER", Run("token_lm", 4e-3))
+    variants = experiments.runs("sparse_kd", table, 4, 4e-3, (0,))
+    results = {name: table.result(run) for name, (run,) in variants.items()}  # in this process
+    measured = verify_sparse_kd.sparse_gap_of(table)
+    for name in variants:
+        if name != verify_sparse_kd.SPARSE_FULL:
+            (gap,) = measured.details["gaps"][name]
+            full = results[verify_sparse_kd.SPARSE_FULL]["kl_to_teacher"]
+            assert (
+                gap == pytest.approx(results[name]["kl_to_teacher"] - full) and f"{name} {gap:+.4f}" in measured.figure
+            )
+    lines = experiments.answer("sparse_kd", table, 4, 4e-3).splitlines()
+    assert lines[4].startswith("|  | KL to the teacher | NLL |") and len(lines) == 6 + 5

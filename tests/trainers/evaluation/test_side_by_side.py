@@ -1,3 +1,5 @@
+import json
+
 import torch
 
 from tests.conftest import text_batch, tiny_student
@@ -66,6 +68,16 @@ def test_a_new_default_is_a_new_run_and_older_code_is_named(tmp_path, monkeypatc
     assert table.provenance() == "; 1 of 1 runs were trained by an earlier state of the code"
     fresh = _table(tmp_path, num_tokens=512, records_dir=tmp_path / "records", fresh=True)
     assert fresh._known(run) is None
+
+
+def test_runs_that_are_kept_in_the_repository_keep_their_names(tmp_path):
+    """A new field of `Run` that changes every name throws away days of training without a word."""
+    table = _table(tmp_path)
+    for path in side_by_side.RECORDS.glob("*/student-*.json"):
+        fields = json.loads(path.read_text())["run"]
+        if fields["teacher"] is not None:
+            fields["teacher"] = Run(**fields["teacher"])
+        assert table.name(Run(**fields)) == path.stem
 
 
 def test_the_bare_decoder_sees_nothing_before_its_window():
