@@ -7,7 +7,14 @@
         --autoencoder checkpoints/ae --teacher meta-llama/Llama-3.2-1B --output_dir checkpoints/student --bf16
     python scripts/train_student.py --data corpus.jsonl --autoencoder checkpoints/ae --teacher Qwen/Qwen3-0.6B-Base \\
         --init_from_teacher --layers 0,2,4,6,8,10,12,14 --lora_r 16 --output_dir checkpoints/student
+    python scripts/train_student.py --data corpus.jsonl --autoencoder checkpoints/ae --teacher_backend vllm-remote \\
+        --teacher_dtype bfloat16 --teacher_revision main --output_dir checkpoints/student
     accelerate launch scripts/train_student.py ...          (or torchrun --nproc_per_node N; same flags)
+
+Where the teacher is, says `--teacher_backend` (TEACHER_BACKEND); addresses and keys come from `.env` or the
+environment, never from flags. A teacher that only writes (venice, openai, tgi) continues the beginning of every
+training block; the student then learns from these texts, kept in `teacher_texts.jsonl`, so that a second run asks for
+nothing twice.
 
 The tokenizer is the codec's. Writes the model with the codec inside, the tokenizer, `eval_results.json`,
 `trainer_state.json` (the log) and `README.md` (its model card) to `--output_dir`;
@@ -29,7 +36,36 @@ class StudentArguments:
     teacher: str | None = field(
         default=None, metadata={"help": "Causal LM with the codec's tokenizer: directory or Hub id."}
     )
-    teacher_dtype: str = field(default="auto", metadata={"help": "Of the teacher's weights: auto, float32, bfloat16."})
+    teacher_dtype: str = field(
+        default="auto",
+        metadata={"help": "Of the teacher's weights: auto, float32, bfloat16; for a server, what you know of it."},
+    )
+    teacher_revision: str | None = field(
+        default=None, metadata={"help": "Of the teacher's weights; for a server, what you know of it."}
+    )
+    teacher_backend: str | None = field(
+        default=None,
+        metadata={
+            "help": "hf, vllm-local, vllm-remote, venice, openai or tgi. Default: TEACHER_BACKEND of .env or the "
+            "environment where no --teacher is given, else hf."
+        },
+    )
+    teacher_mode: Literal["score", "sample"] | None = field(
+        default=None,
+        metadata={"help": "score: it is asked about your text; sample: it writes. Default: what the backend can."},
+    )
+    teacher_top_k: int | None = field(
+        default=None, metadata={"help": "Entries per token from a remote teacher. Default: 20, over TGI 5."}
+    )
+    teacher_patience: float = field(
+        default=600.0, metadata={"help": "Seconds until a server that does not answer counts as away."}
+    )
+    teacher_prompt_tokens: int = field(
+        default=64, metadata={"help": "sample: tokens of each block that the teacher continues."}
+    )
+    teacher_texts: str | None = field(
+        default=None, metadata={"help": "sample: file of the texts. Default: teacher_texts.jsonl in output_dir."}
+    )
     init_from_teacher: bool = field(default=False, metadata={"help": "Start the backbone from the teacher's layers."})
     layers: str | None = field(
         default=None, metadata={"help": "With init_from_teacher: which layers, as 0,2,4. Default: all."}
@@ -86,6 +122,10 @@ class StudentArguments:
     )
 
     def __post_init__(self):
+        if self.teacher_top_k is not None and self.teacher_top_k < 1:
+            raise ValueError(f"teacher_top_k must be at least 1, got {self.teacher_top_k}.")
+        if self.teacher_prompt_tokens < 1:
+            raise ValueError(f"teacher_prompt_tokens must be at least 1, got {self.teacher_prompt_tokens}.")
         if self.init_from_teacher and self.teacher is None:
             raise ValueError(
                 "init_from_teacher is set but there is no teacher: pass --teacher, or drop it for a new backbone."
@@ -134,7 +174,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     from trainers import DataArguments, KDConfig, KDTrainer, PatchCollator, load_blocks, parse_arguments
     from trainers.model_card import describe_data
-    from trainers.teachers import HFTeacher, check_vocabulary
 
     student_args, data_args, training_args = parse_arguments(
         StudentArguments, DataArguments, KDConfig, argv=argv, description=__doc__
@@ -148,16 +187,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             f"{codec.config.vocab_size}: they do "
             "not belong together. Train the codec with this tokenizer."
         )
-    teacher = None
-    if student_args.teacher is not None:
-        teacher = HFTeacher(student_args.teacher, dtype=student_args.teacher_dtype)
-        teacher.check_tokenizer(tokenizer)
-        check_vocabulary(codec.config.vocab_size, teacher.vocab_size, teacher.num_tokens, student_args.teacher)
-        if training_args.kd_weight == 0:
-            print("kd_weight is 0: the student does not learn from the teacher's distributions.")
-            teacher = None
+    teacher = load_teacher(student_args, data_args.block_size, tokenizer, codec.config.vocab_size)
+    writes = teacher is not None and not teacher.capabilities.scores_given_tokens
+    if teacher is not None and not writes and training_args.kd_weight == 0:
+        print("kd_weight is 0: the student does not learn from the teacher's distributions.")
+        teacher.close()
+        teacher = None
 
     train_dataset, eval_dataset = load_blocks(data_args, tokenizer, codec.config.patch_size, training_args.data_seed)
+    if writes:
+        path = student_args.teacher_texts or os.path.join(training_args.output_dir, "teacher_texts.jsonl")
+        teacher, train_dataset, eval_dataset = have_text_written(
+            teacher, tokenizer, train_dataset, data_args, student_args.teacher_prompt_tokens, path
+        )
+        if training_args.kd_weight == 0:
+            teacher = None
     set_seed(training_args.seed)
     model = build_student(student_args, codec, data_args.block_size)
     trainer = KDTrainer(
@@ -189,6 +233,61 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         print("held-out:", {name: round(value, 6) for name, value in metrics.items() if name.startswith("eval_")})
     trainer.end()
     return metrics
+
+
+def load_teacher(student_args: StudentArguments, block_size: int, tokenizer, vocab_size: int):
+    """The teacher that flags and environment name, connected and checked; None: there is none."""
+    from trainers.teachers import build_teacher, read_env
+
+    environment = read_env()
+    backend = student_args.teacher_backend
+    if backend is None:
+        backend = "hf" if student_args.teacher is not None else environment.get("TEACHER_BACKEND", "hf")
+    if backend == "hf" and student_args.teacher is None:
+        return None
+    teacher = build_teacher(
+        backend,
+        tokenizer,
+        environment,
+        student_args.teacher,
+        mode=student_args.teacher_mode,
+        dtype=student_args.teacher_dtype,
+        revision=student_args.teacher_revision,
+        k=student_args.teacher_top_k,
+        max_tokens=max(block_size - student_args.teacher_prompt_tokens, 1),
+        vocab_size=vocab_size,
+        patience=student_args.teacher_patience,
+    )
+    print(f"teacher: {teacher.name} ({backend})", flush=True)
+    return teacher
+
+
+def have_text_written(writer, tokenizer, blocks, data_args, prompt_tokens: int, path: str):
+    """`writer` continues the beginning of every block: a teacher of these texts, and their rows, one in twenty of them
+    (at least one) held out."""
+    from trainers.teachers import WrittenTeacher, collect_texts, training_rows
+
+    if data_args.streaming:
+        raise ValueError("A teacher that writes needs to know its prompts: drop --streaming.")
+    prompts = []
+    for row in blocks:
+        ids = row["input_ids"][row["attention_mask"] != 0][:prompt_tokens].tolist()
+        if len(ids) == prompt_tokens:
+            prompts.append(ids)
+    try:
+        writer.check()
+        texts = collect_texts(writer, prompts, path, say=lambda line: print(line, flush=True))
+    finally:
+        writer.close()
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    rows = training_rows(texts, data_args.block_size, tokenizer.eos_token_id, pad)
+    if len(rows) < 2:
+        raise ValueError(
+            f"{writer.name} wrote {len(rows)} usable texts for {len(prompts)} prompts: give more text, or a "
+            "block_size that leaves room after teacher_prompt_tokens."
+        )
+    held_out = max(1, len(rows) // 20)
+    return WrittenTeacher(texts, writer), rows[held_out:], rows[:held_out]
 
 
 def load_codec(path: str):
