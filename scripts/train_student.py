@@ -47,7 +47,7 @@ class StudentArguments:
         default=None,
         metadata={
             "help": "hf, vllm-local, vllm-remote, venice, openai or tgi. Default: TEACHER_BACKEND of .env or the "
-            "environment where no --teacher is given, else hf."
+            "environment, else hf."
         },
     )
     teacher_mode: Literal["score", "sample"] | None = field(
@@ -240,9 +240,7 @@ def load_teacher(student_args: StudentArguments, block_size: int, tokenizer, voc
     from trainers.teachers import build_teacher, read_env
 
     environment = read_env()
-    backend = student_args.teacher_backend
-    if backend is None:
-        backend = "hf" if student_args.teacher is not None else environment.get("TEACHER_BACKEND", "hf")
+    backend = student_args.teacher_backend or environment.get("TEACHER_BACKEND", "hf")
     if backend == "hf" and student_args.teacher is None:
         return None
     teacher = build_teacher(

@@ -167,7 +167,8 @@ class KDTrainer(LatentTrainer):
             kwargs["distillation"] = partial(signal.loss, temperature=self.args.kd_temperature)
         elif away:
             kwargs["distillation"] = _says_nothing
-        if signal is not None or away:
+        owner = self.teacher_callback
+        if owner is not None and _may_have_gaps(owner.teacher) and (signal is not None or away):
             self._count_covered(signal, inputs["labels"])
         return kwargs
 

@@ -112,12 +112,12 @@ class FakeVLLM(LoopbackServer):
     """vLLM's OpenAI server, as far as a scoring client sees it.
 
     Args:
-        model, tokenizer: of transformers; what it serves.
+        model, tokenizer: of transformers; what it serves. None for the model: answers are made up, at no cost.
         name: under which it is served.
         scale_out: whether `/inference/v1/generate` is open (`--enable-scale-out`).
         max_logprobs, max_model_len: as the server's flags.
         key: `--api-key`; guards `/v1` and `/inference`, not `/tokenize`.
-        latency: seconds that an answer takes beside the forward; None for the model: answers are made up at once.
+        latency: seconds that an answer takes beside the forward.
         fault: of the n-th scoring request (from 0), or None: `hang`, `cut`, `truncate`, `html`, `wrong_model`,
             `missing`, `short`, `null`, `nan`, `absent`, or `(status, headers)`.
     """
@@ -177,7 +177,8 @@ class FakeVLLM(LoopbackServer):
             )
         if len(ids) + max_tokens > self.max_model_len:
             return _error(400, f"the prompt has {len(ids)} tokens, the model's length is {self.max_model_len}")
-        vocab_size = self.model.get_output_embeddings().weight.shape[0]
+        output = None if self.model is None else self.model.get_output_embeddings()
+        vocab_size = len(self.tokenizer) if output is None else output.weight.shape[0]
         if max(ids) >= vocab_size:
             return _error(400, f"Token id {max(ids)} is out of vocabulary")
         with self._lock:
@@ -213,6 +214,10 @@ class FakeVLLM(LoopbackServer):
         return 200, {}, content
 
     def _prompt_logprobs(self, ids: list[int], k: int, generate: bool) -> list[Any]:
+        if self.model is None:
+            likely = {str(i): {"logprob": -3.0 - 0.1 * i, "rank": i + 1, "decoded_token": None} for i in range(k)}
+            last = {"logprob": -9.0, "rank": k + 1, "decoded_token": None}
+            return [None, *({str(target): last} | likely for target in ids[1:])]
         with self._lock, torch.no_grad():
             logprobs = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
         values, tops = logprobs.topk(max(k, 1))

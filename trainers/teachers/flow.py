@@ -163,7 +163,7 @@ class Limiter:
     def succeed(self, ticket: Ticket, work: float = 1.0) -> None:
         """An answer came, for `work` units (tokens)."""
         now = self.clock()
-        if ticket.started >= self._cut_at:
+        if ticket.started > self._cut_at:
             self._in_row = 0
             if ticket.place >= int(self.limit):  # the limit was what held it
                 self._grow(now)
@@ -187,7 +187,7 @@ class Limiter:
         """The server refused, broke down, or said nothing in time."""
         now = self.clock()
         self._failures.append(now)
-        first = ticket.started >= self._cut_at  # of those that were under way when the limit was cut last, one counts
+        first = ticket.started > self._cut_at  # of those that were under way when the limit was cut last, one counts
         if failure.refused:
             if failure.wait is not None:
                 self.pause(failure.wait)
@@ -281,7 +281,7 @@ class Flow:
         try:
             for item in items:
                 waiting.append(self.submit(lambda item=item: send(item), work(item)))  # type: ignore[misc]
-                if len(waiting) >= 2 * self.limiter.limit:
+                while len(waiting) >= 2 * self.limiter.limit:
                     yield self._result(waiting.popleft())
             while waiting:
                 yield self._result(waiting.popleft())

@@ -1,5 +1,6 @@
 """One server, spoken to through the OpenAI client: its paths, its errors, its key."""
 
+import importlib
 import json
 from typing import Any
 
@@ -54,6 +55,7 @@ class HTTPServer:
             base_url=self.url, api_key=self.key.reveal() or "none", max_retries=0, timeout=self.flow.config.deadline
         )
         self._openai = openai
+        self._response = _response_type(self._client)
         self.flow.at_close(self._client.close)
 
     def __repr__(self) -> str:
@@ -69,9 +71,9 @@ class HTTPServer:
         client, openai = self._client, self._openai
         try:
             if method == "GET":
-                response = await client.get(self.root + path, cast_to=_response_type())
+                response = await client.get(self.root + path, cast_to=self._response)
             else:
-                response = await client.post(self.root + path, body=body, cast_to=_response_type())
+                response = await client.post(self.root + path, body=body, cast_to=self._response)
             content = await response.aread()
         except openai.APIStatusError as error:
             raise self._status(path, error.response) from None
@@ -112,13 +114,10 @@ class HTTPServer:
         self.flow.close()
 
 
-def _response_type() -> Any:
-    # the openai package has moved from httpx to httpx2, and takes either's class for "give me the response as it is"
-    try:
-        import httpx2 as httpx  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
-        import httpx  # type: ignore[import-not-found,no-redef,unused-ignore]
-    return httpx.Response
+def _response_type(client: Any) -> Any:
+    # "give me the response as it is" is asked with the class of the package below; openai moved from httpx to httpx2
+    roots = {base.__module__.partition(".")[0] for base in type(client._client).__mro__}
+    return importlib.import_module("httpx2" if "httpx2" in roots else "httpx").Response
 
 
 def _parse(content: bytes) -> Any:
