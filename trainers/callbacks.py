@@ -97,15 +97,17 @@ class TeacherCallback(TrainerCallback):
         if self.closed:
             return
         self.closed = True
+        remote = self.teacher.capabilities.remote
         try:
-            if self.teacher.capabilities.remote:
+            if remote:
                 self.teacher.close()  # takes back what is under way: a server that hangs must not hold us up
             self.drain()
             if self._worker is not None:
                 self._worker.shutdown(wait=True)
                 self._worker = None
         finally:
-            self.teacher.close()
+            if not remote:
+                self.teacher.close()
 
     # -- batches
 

@@ -19,7 +19,8 @@ from trainers.evaluation.loopback_servers import FakeVLLM  # noqa: E402
 KEY = "sk-never-to-be-seen-0123456789"
 FLAGS = (
     "--block_size 32 --max_steps 3 --logging_steps 1 --save_strategy no --disable_tqdm true --use_cpu true "
-    "--hidden_size 32 --intermediate_size 64 --num_hidden_layers 1 --num_attention_heads 2 --report_to none"
+    "--hidden_size 32 --intermediate_size 64 --num_hidden_layers 1 --num_attention_heads 2 --report_to none "
+    "--max_train_tokens 640 --max_eval_tokens 256"
 )
 
 

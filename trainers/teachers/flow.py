@@ -249,6 +249,7 @@ class Flow:
         self._in_row = 0
         self._away_until, self._why = 0.0, ""
         self._at_close: list[Callable[[], Awaitable[Any]]] = []
+        self._lock, self._closed = threading.Lock(), False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-requests", daemon=True)
         self._thread.start()
@@ -258,9 +259,11 @@ class Flow:
     def submit(self, send: Callable[[], Awaitable[Result]], work: float = 1.0) -> "Future[Result]":
         """Start `send()`, which raises [`RequestFailed`] where another attempt makes sense; anything else that it
         raises ends the request."""
-        if self._loop.is_closed():
-            raise RuntimeError(f"The connection to {self.name} is closed. Build a new teacher.")
-        return asyncio.run_coroutine_threadsafe(self._request(send, work), self._loop)
+        # under the lock: what is given to a loop that has been stopped is never answered
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(f"The connection to {self.name} is closed. Build a new teacher.")
+            return asyncio.run_coroutine_threadsafe(self._request(send, work), self._loop)
 
     def ask(self, send: Callable[[], Awaitable[Result]], work: float = 1.0) -> Result:
         """[`submit`], and wait.
@@ -301,8 +304,10 @@ class Flow:
 
     def close(self) -> None:
         """Take back what runs, close connections, end the thread. May be called twice."""
-        if self._loop.is_closed():
-            return
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
         asyncio.run_coroutine_threadsafe(self._shut(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
