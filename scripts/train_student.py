@@ -7,7 +7,14 @@
         --autoencoder checkpoints/ae --teacher meta-llama/Llama-3.2-1B --output_dir checkpoints/student --bf16
     python scripts/train_student.py --data corpus.jsonl --autoencoder checkpoints/ae --teacher Qwen/Qwen3-0.6B-Base \\
         --init_from_teacher --layers 0,2,4,6,8,10,12,14 --lora_r 16 --output_dir checkpoints/student
+    python scripts/train_student.py --data corpus.jsonl --autoencoder checkpoints/ae --teacher_backend vllm-remote \\
+        --teacher_dtype bfloat16 --teacher_revision main --output_dir checkpoints/student
     accelerate launch scripts/train_student.py ...          (or torchrun --nproc_per_node N; same flags)
+
+Where the teacher is, says `--teacher_backend` (TEACHER_BACKEND); addresses and keys come from `.env` or the
+environment, never from flags. A teacher that only writes (venice, openai, tgi) continues the beginning of every
+training block; the student then learns from these texts, kept in `teacher_texts.jsonl`, so that a second run asks for
+nothing twice.
 
 The tokenizer is the codec's. Writes the model with the codec inside, the tokenizer, `eval_results.json`,
 `trainer_state.json` (the log) and `README.md` (its model card) to `--output_dir`;
@@ -30,20 +37,53 @@ class StudentArguments:
         default=None,
         metadata={"help": "Causal LM with the codec's tokenizer (or see kd_alignment): directory or Hub id."},
     )
-    teacher_dtype: str = field(default="auto", metadata={"help": "Of the teacher's weights: auto, float32, bfloat16."})
+    teacher_dtype: str = field(
+        default="auto",
+        metadata={"help": "Of the teacher's weights: auto, float32, bfloat16; for a server, what you know of it."},
+    )
+    teacher_revision: str | None = field(
+        default=None, metadata={"help": "Of the teacher's weights; for a server, what you know of it."}
+    )
+    teacher_backend: str | None = field(
+        default=None,
+        metadata={
+            "help": "hf, vllm-local, vllm-remote, venice, openai or tgi. Default: TEACHER_BACKEND of .env or the "
+            "environment, else hf."
+        },
+    )
+    teacher_mode: Literal["score", "sample"] | None = field(
+        default=None,
+        metadata={"help": "score: it is asked about your text; sample: it writes. Default: what the backend can."},
+    )
     kd_top_k: int | None = field(
         default=None,
         metadata={
-            "help": "Learn from so many ids per token only, as a store of the teacher keeps. Default: from full "
-            "distributions, which teach better while the teacher is at hand."
+            "help": "Learn from so many ids per token only. Default: from full distributions where the teacher is at "
+            "hand, which teach better; from what a store holds; 20 from a server or into a new store, over TGI 5."
         },
     )
     kd_num_draws: int | None = field(
         default=None,
         metadata={
-            "help": "With kd_top_k: how many of them are drawn from the tail. Default: two of five; 0 keeps "
-            "the mass of the tail instead."
+            "help": "How many of kd_top_k are drawn from the tail, of a teacher at hand or a store of its answers. "
+            "Default: two of five; 0 keeps the mass of the tail instead."
         },
+    )
+    kd_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "KD store: what the teacher says is kept there and not asked for twice; without teacher, all is "
+            "read from there. An SQLite file, or a folder or Hub dataset of build_kd_cache.py. Default: none."
+        },
+    )
+    teacher_patience: float = field(
+        default=600.0, metadata={"help": "Seconds until a server that does not answer counts as away."}
+    )
+    teacher_prompt_tokens: int = field(
+        default=64, metadata={"help": "sample: tokens of each block that the teacher continues."}
+    )
+    teacher_texts: str | None = field(
+        default=None, metadata={"help": "sample: file of the texts. Default: teacher_texts.jsonl in output_dir."}
     )
     init_from_teacher: bool = field(default=False, metadata={"help": "Start the backbone from the teacher's layers."})
     layers: str | None = field(
@@ -101,18 +141,20 @@ class StudentArguments:
     )
 
     def __post_init__(self):
+        if self.kd_top_k is not None and self.kd_top_k < 1:
+            raise ValueError(f"kd_top_k must be at least 1, got {self.kd_top_k}.")
+        if self.kd_num_draws is not None and self.kd_num_draws and self.kd_top_k is None and self.kd_cache is None:
+            raise ValueError("kd_num_draws is about a part of a teacher's distributions: add kd_top_k or kd_cache.")
+        if self.kd_top_k is not None and not 0 <= (self.kd_num_draws or 0) <= self.kd_top_k:
+            raise ValueError(f"kd_num_draws must lie in 0 to kd_top_k ({self.kd_top_k}), got {self.kd_num_draws}.")
+        if self.teacher_prompt_tokens < 1:
+            raise ValueError(f"teacher_prompt_tokens must be at least 1, got {self.teacher_prompt_tokens}.")
         if self.init_from_teacher and self.teacher is None:
             raise ValueError(
                 "init_from_teacher is set but there is no teacher: pass --teacher, or drop it for a new backbone."
             )
         if self.lora_r < 0:
             raise ValueError(f"lora_r must not be negative, got {self.lora_r}: 0 trains the whole backbone.")
-        self._refuse("kd_top_k", self.teacher is None, "is about a teacher's distributions: add teacher")
-        self._refuse(
-            "kd_num_draws", self.kd_top_k is None, "is about a part of a teacher's distributions: add kd_top_k"
-        )
-        if self.kd_top_k is not None and not 0 <= (self.kd_num_draws or 0) <= self.kd_top_k:
-            raise ValueError(f"kd_num_draws must lie in 0 to kd_top_k ({self.kd_top_k}), got {self.kd_num_draws}.")
         self._refuse(
             "layers lora_r", not self.init_from_teacher, "is about a teacher's backbone: add init_from_teacher"
         )
@@ -168,8 +210,21 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             f"{codec.config.vocab_size}: they do "
             "not belong together. Train the codec with this tokenizer."
         )
-    teacher = load_teacher(student_args, training_args, tokenizer, codec.config.vocab_size)
+    teacher = load_teacher(student_args, training_args, data_args.block_size, tokenizer, codec.config.vocab_size)
+    writes = teacher is not None and not teacher.capabilities.scores_given_tokens
+    if teacher is not None and not writes and training_args.kd_weight == 0:
+        print("kd_weight is 0: the student does not learn from the teacher's distributions.")
+        teacher.close()
+        teacher = None
+
     train_dataset, eval_dataset = load_blocks(data_args, tokenizer, codec.config.patch_size, training_args.data_seed)
+    if writes:
+        path = student_args.teacher_texts or os.path.join(training_args.output_dir, "teacher_texts.jsonl")
+        teacher, train_dataset, eval_dataset = have_text_written(
+            teacher, tokenizer, train_dataset, data_args, student_args.teacher_prompt_tokens, path
+        )
+        if training_args.kd_weight == 0:
+            teacher = None
     set_seed(training_args.seed)
     model = build_student(student_args, codec, data_args.block_size)
     trainer = KDTrainer(
@@ -203,42 +258,108 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     return metrics
 
 
-def load_teacher(student_args: StudentArguments, training_args, tokenizer, vocab_size: int):
-    """The teacher as the flags ask for it, checked against the codec's `tokenizer`; None where there is none to learn
-    from.
+def load_teacher(student_args: StudentArguments, training_args, block_size: int, tokenizer, vocab_size: int):
+    """The teacher that flags and environment name, connected and checked, in or around whatever `kd_alignment`,
+    `kd_top_k` and `kd_cache` ask for; None: there is none.
 
     Raises:
-        ValueError: another tokenizer, without `kd_alignment`; a part of distributions, with it.
+        ValueError: another tokenizer without `kd_alignment`; a part of distributions with it; flags about a teacher
+            where there is none.
     """
-    from trainers.teachers import AlignedTeacher, HFTeacher, SparseTeacher, check_vocabulary
+    from trainers.teachers import AlignedTeacher, CachedTeacher, HFTeacher, build_teacher, open_store, read_env
+    from trainers.teachers.sparse import TOP_K
 
+    environment = read_env()
+    backend = student_args.teacher_backend or environment.get("TEACHER_BACKEND", "hf")
     aligned = training_args.kd_alignment == "bytes"
-    if student_args.teacher is None:
-        if aligned:
-            raise ValueError("kd_alignment is bytes but there is no teacher: add --teacher.")
-        return None
     if aligned:
-        for name in ("kd_top_k", "init_from_teacher"):
+        if backend != "hf" or student_args.teacher is None:
+            raise ValueError("kd_alignment bytes needs a local teacher: add --teacher, and no other teacher_backend.")
+        for name in ("kd_top_k", "kd_cache", "init_from_teacher"):
             if getattr(student_args, name):
                 raise ValueError(
                     f"{name} is about a teacher with the codec's tokenizer, and kd_alignment bytes about one with "
                     "another: drop either."
                 )
-    teacher = HFTeacher(student_args.teacher, dtype=student_args.teacher_dtype)
-    if not aligned:
-        teacher.check_tokenizer(tokenizer)
-        check_vocabulary(vocab_size, teacher.vocab_size, teacher.num_tokens, student_args.teacher)
-    if training_args.kd_weight == 0:
-        print("kd_weight is 0: the student does not learn from the teacher's distributions.")
-        return None
-    if aligned:
-        return AlignedTeacher(teacher, tokenizer, vocab_size)
-    if student_args.kd_top_k is None:
+        return AlignedTeacher(
+            HFTeacher(student_args.teacher, dtype=student_args.teacher_dtype, revision=student_args.teacher_revision),
+            tokenizer,
+            vocab_size,
+        )
+    if backend == "hf" and student_args.teacher is None:
+        if student_args.kd_cache is None:
+            if student_args.kd_top_k is not None:
+                raise ValueError("kd_top_k is about a teacher's distributions: add --teacher or --kd_cache.")
+            return None
+        teacher = None
+    else:
+        teacher = build_teacher(
+            backend,
+            tokenizer,
+            environment,
+            student_args.teacher,
+            mode=student_args.teacher_mode,
+            dtype=student_args.teacher_dtype,
+            revision=student_args.teacher_revision,
+            k=student_args.kd_top_k,
+            max_tokens=max(block_size - student_args.teacher_prompt_tokens, 1),
+            vocab_size=vocab_size,
+            patience=student_args.teacher_patience,
+        )
+        print(f"teacher: {teacher.name} ({backend})", flush=True)
+    if student_args.kd_cache is None:
+        return _with_few_entries(teacher, student_args, training_args.seed)
+    if teacher is not None and not teacher.capabilities.scores_given_tokens:
+        raise ValueError(
+            f"kd_cache keeps what is said of your text, and {teacher.name} writes its own: drop kd_cache."
+        )
+    dense = teacher is not None and teacher.capabilities.form == "dense"
+    k = student_args.kd_top_k or (TOP_K if dense else None)
+    num_draws = _num_draws(student_args, k or TOP_K) if dense else student_args.kd_num_draws or 0
+    store = open_store(student_args.kd_cache, read_only=teacher is None)
+    cached = CachedTeacher(teacher, store, k=k, num_draws=num_draws)
+    cached.check_tokenizer(tokenizer)
+    return cached
+
+
+def _num_draws(student_args: StudentArguments, k: int) -> int:
+    return 2 * k // 5 if student_args.kd_num_draws is None else student_args.kd_num_draws
+
+
+def _with_few_entries(teacher, student_args: StudentArguments, seed: int):
+    from trainers.teachers import SparseTeacher
+
+    if student_args.kd_top_k is None or getattr(teacher.capabilities, "form", None) != "dense":
         return teacher
-    num_draws = student_args.kd_num_draws
-    if num_draws is None:
-        num_draws = 2 * student_args.kd_top_k // 5
-    return SparseTeacher(teacher, student_args.kd_top_k, num_draws, training_args.seed)
+    return SparseTeacher(teacher, student_args.kd_top_k, _num_draws(student_args, student_args.kd_top_k), seed)
+
+
+def have_text_written(writer, tokenizer, blocks, data_args, prompt_tokens: int, path: str):
+    """`writer` continues the beginning of every block: a teacher of these texts, and their rows, one in twenty of them
+    (at least one) held out."""
+    from trainers.teachers import WrittenTeacher, collect_texts, training_rows
+
+    if data_args.streaming:
+        raise ValueError("A teacher that writes needs to know its prompts: drop --streaming.")
+    prompts = []
+    for row in blocks:
+        ids = row["input_ids"][row["attention_mask"] != 0][:prompt_tokens].tolist()
+        if len(ids) == prompt_tokens:
+            prompts.append(ids)
+    try:
+        writer.check()
+        texts = collect_texts(writer, prompts, path, say=lambda line: print(line, flush=True))
+    finally:
+        writer.close()
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    rows = training_rows(texts, data_args.block_size, tokenizer.eos_token_id, pad)
+    if len(rows) < 2:
+        raise ValueError(
+            f"{writer.name} wrote {len(rows)} usable texts for {len(prompts)} prompts: give more text, or a "
+            "block_size that leaves room after teacher_prompt_tokens."
+        )
+    held_out = max(1, len(rows) // 20)
+    return WrittenTeacher(texts, writer), rows[held_out:], rows[:held_out]
 
 
 def load_codec(path: str):

@@ -34,7 +34,15 @@ HEAD_DECODER = [(head, decoder) for head in ("regression", "energy") for decoder
 # what `pytest -k` of the first LatentForge selects, by module
 KEYWORDS = {
     "env": ("test_rooms", "test_readme", "test_remote_code", "test_selectors"),
-    "kd_api": ("test_teachers", "test_losses", "test_kd_trainer", "test_alignment"),
+    "kd_api": (
+        "test_teachers",
+        "test_losses",
+        "test_kd_trainer",
+        "test_alignment",
+        "test_kd_store",
+        "test_vllm_teacher",
+        "test_writing_teachers",
+    ),
     "pack": ("test_data",),
     "ae_unit": ("test_autoencoder", "test_ae_trainer", "test_reconstruction"),
     "student_unit": ("test_latentforge", "test_latent_heads", "test_token_loss", "test_generation"),

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .teachers.base import Teacher, TeacherSignal
+from .teachers.flow import TeacherUnavailable
 
 
 logger = logging.getLogger(__name__)
@@ -24,20 +25,30 @@ class TeacherCallback(TrainerCallback):
 
     Args:
         teacher: what to own.
-        prefetch: batches whose signal one thread computes ahead of the training. The signals are the same, and so is
-            the result; it pays where the teacher waits for a network. A local model would only fight the student for
-            the same cores.
+        prefetch: batches whose signal is computed ahead of the training, by as many threads as the teacher allows
+            (`capabilities.parallel_calls`). The signals are the same, and so is the result; it pays where the teacher
+            waits for a network. A local model would only fight the student for the same cores.
+        away: what a teacher that stays away ([`TeacherUnavailable`]) does: `stop` raises, `continue` goes on without
+            its signal, batch by batch until it answers again. [`KDTrainer`] writes a checkpoint before it lets the
+            error out.
+
+    Raises:
+        ValueError: another `away`.
 
     Attributes:
         close_after_training: set to False where an evaluation after the training asks the teacher too; then the caller
             closes.
     """
 
-    def __init__(self, teacher: Teacher, prefetch: int = 0):
+    def __init__(self, teacher: Teacher, prefetch: int = 0, away: str = "stop"):
+        if away not in ("stop", "continue"):
+            raise ValueError(f"away must be `stop` or `continue`, got {away!r}.")
         self.teacher = teacher
         self.prefetch = prefetch
+        self.away = away
         self.closed = False
         self.close_after_training = True
+        self._said_away = False
         self._worker: ThreadPoolExecutor | None = None
         self._pending: set[Future[TeacherSignal]] = set()
 
@@ -54,8 +65,8 @@ class TeacherCallback(TrainerCallback):
             self.teacher.to(args.device)
         self.teacher.check()
         if self.prefetch:
-            # one thread: a teacher is used from one thread at a time, and answers come in the order of the batches
-            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher")
+            threads = min(self.prefetch + 1, self.teacher.capabilities.parallel_calls)
+            self._worker = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="teacher")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,13 +103,17 @@ class TeacherCallback(TrainerCallback):
         if self.closed:
             return
         self.closed = True
+        remote = self.teacher.capabilities.remote
         try:
+            if remote:
+                self.teacher.close()  # takes back what is under way: a server that hangs must not hold us up
             self.drain()
             if self._worker is not None:
                 self._worker.shutdown(wait=True)
                 self._worker = None
         finally:
-            self.teacher.close()
+            if not remote:
+                self.teacher.close()
 
     # -- batches
 
@@ -111,16 +126,32 @@ class TeacherCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Put the teacher's signal into `inputs`; after the end of training evaluation goes on without."""
-        if self.closed:
-            return
+        if not self.closed:
+            inputs[SIGNAL_KEY] = self.answer(inputs)
+
+    def answer(self, inputs: dict[str, Any]) -> TeacherSignal | None:
+        """The signal of a batch, asked for now or before; None where the teacher stays away and training goes on.
+
+        Raises:
+            TeacherUnavailable: it stays away, and `away` is `stop`.
+        """
         waiting = inputs.get(SIGNAL_KEY)
-        if isinstance(waiting, Future):
-            self._pending.discard(waiting)
-            inputs[SIGNAL_KEY] = waiting.result()
-        elif self._worker is not None:
-            inputs[SIGNAL_KEY] = self._worker.submit(self._ask, inputs).result()
-        else:
-            inputs[SIGNAL_KEY] = self._ask(inputs)
+        try:
+            if isinstance(waiting, Future):
+                self._pending.discard(waiting)
+                return waiting.result()
+            if SIGNAL_KEY in inputs:
+                return waiting
+            if self._worker is not None:
+                return self._worker.submit(self._ask, inputs).result()
+            return self._ask(inputs)
+        except TeacherUnavailable as error:
+            if self.away == "stop":
+                raise
+            if not self._said_away:
+                logger.warning("%s Training goes on without it, see kd_coverage in the log.", error)
+                self._said_away = True
+            return None
 
     def look_ahead(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The same batches, each already asked about while the ones before it are trained on."""

@@ -15,7 +15,8 @@ class KDConfig(LatentTrainingConfig):
     predicted token.
 
     Raises:
-        ValueError: a negative weight, all weights zero, a temperature that is not above 0, or not 1 across tokenizers.
+        ValueError: a negative weight, all weights zero, a temperature that is not above 0, or not 1 across tokenizers,
+            an unknown `teacher_away`.
     """
 
     ce_weight: float = field(default=1.0, metadata={"help": "Weight of the text's own tokens (cross-entropy)."})
@@ -43,8 +44,16 @@ class KDConfig(LatentTrainingConfig):
     teacher_prefetch: int | None = field(
         default=None,
         metadata={
-            "help": "Batches that a thread asks the teacher about ahead of time. Default: 1 for a remote teacher, 0 "
+            "help": "Batches that threads ask the teacher about ahead of time. Default: 4 for a remote teacher, 0 "
             "for a local one."
+        },
+    )
+    teacher_away: str = field(
+        default="stop",
+        metadata={
+            "help": "When a remote teacher stays away: stop (write a checkpoint, then raise) or continue (without it; "
+            "kd_coverage in the log says for how much of the text).",
+            "choices": ["stop", "continue"],
         },
     )
 
@@ -74,4 +83,6 @@ class KDConfig(LatentTrainingConfig):
                 f"teacher_prefetch must not be negative, got {self.teacher_prefetch}: 0 asks the teacher batch by "
                 "batch."
             )
+        if self.teacher_away not in ("stop", "continue"):
+            raise ValueError(f"teacher_away must be `stop` or `continue`, got {self.teacher_away!r}.")
         super().__post_init__()

@@ -1,7 +1,9 @@
 """Trainer of the student: its own objective and a teacher's."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +12,16 @@ from torch import nn
 from .base_trainer import IGNORE_INDEX, LatentTrainer
 from .callbacks import SIGNAL_KEY, TeacherCallback
 from .kd_config import KDConfig
-from .teachers.base import Teacher, check_vocabulary
+from .teachers.base import Teacher, TeacherSignal, check_vocabulary
+from .teachers.flow import TeacherUnavailable
+
+
+PREFETCH = 4  # batches asked about ahead of time where the teacher waits for a network
+
+
+def _says_nothing(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The distillation of a batch whose teacher stayed away: 0, with a gradient of 0."""
+    return 0.0 * logits[:, 0]
 
 
 class KDTrainer(LatentTrainer):
@@ -20,6 +31,11 @@ class KDTrainer(LatentTrainer):
     Evaluation adds `eval_nll`, nats per predicted token (an energy head reads the centre of its noise). Once training
     has ended the teacher is closed, unless its callback's `close_after_training` is False: a later `evaluate` leaves
     out `eval_kd`, and `eval_loss` with it.
+
+    A teacher that stays away ([`TeacherUnavailable`]) ends training after a checkpoint of the last whole step; with
+    `teacher_away="continue"` training goes on without it. `kd_coverage` in the log is the share of predicted tokens
+    about which a remote or sparse teacher said anything; the `kd` of a training step counts others as 0, the one of
+    an evaluation leaves them out.
 
     Args:
         teacher: gives [`TeacherSignal`]s; owned, checked and closed by a [`TeacherCallback`] (pass your own in
@@ -49,11 +65,15 @@ class KDTrainer(LatentTrainer):
             raise ValueError("More than one teacher: pass `teacher`, or one TeacherCallback in `callbacks`, not both.")
         if teacher is not None:
             prefetch = args.teacher_prefetch
-            owners = [TeacherCallback(teacher, int(teacher.capabilities.remote) if prefetch is None else prefetch)]
+            if prefetch is None:
+                prefetch = PREFETCH if teacher.capabilities.remote else 0
+            owners = [TeacherCallback(teacher, prefetch, args.teacher_away)]
             callbacks += owners
         self.teacher_callback: TeacherCallback | None = owners[0] if owners else None
         self._weights = self._check(model, args)
         self._ahead: tuple[Any, Iterator[Any]] | None = None
+        self._covered = self._asked = 0.0  # predicted tokens since the last log
+        self._covered_in_batch: float | None = None
         super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
 
     def _check(self, model: nn.Module | None, args: KDConfig) -> dict[str, float]:
@@ -108,6 +128,12 @@ class KDTrainer(LatentTrainer):
                     "set kd_temperature to 1, or use a local teacher with full logits."
                 )
             check_vocabulary(config.vocab_size, teacher.vocab_size, teacher.num_tokens)
+            others = [weight for name, weight in weights.items() if name != "kd"]
+            if self.teacher_callback is not None and self.teacher_callback.away == "continue" and not any(others):
+                raise ValueError(
+                    "teacher_away is `continue`, but nothing would be learned without the teacher: set ce_weight "
+                    "above 0, or teacher_away to stop."
+                )
         return weights
 
     def asked_labels(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -130,9 +156,10 @@ class KDTrainer(LatentTrainer):
         return getattr(self.teacher_callback.teacher, "name", None) if self.teacher_callback is not None else None
 
     def forward_kwargs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        away = SIGNAL_KEY in inputs and inputs[SIGNAL_KEY] is None
         signal = inputs.pop(SIGNAL_KEY, None)
         if self.model.training:
-            if signal is None and self._weights["kd"]:
+            if signal is None and not away and self._weights["kd"]:
                 raise RuntimeError(
                     "The teacher is closed (training ended or failed before): build a new teacher and a new KDTrainer."
                 )
@@ -140,21 +167,103 @@ class KDTrainer(LatentTrainer):
         else:
             # measured even where it is not trained on, at weight 1: what evaluation reads are the parts
             weights = {name: 1.0 for name, weight in self._weights.items() if weight or name == "ce"}
-            if signal is None:
+            if signal is None and not away:
                 weights.pop("kd", None)
         kwargs: dict[str, Any] = {"loss_weights": weights, "output_logits": False}
         if signal is not None:
             kwargs["distillation"] = partial(signal.loss, temperature=self.args.kd_temperature)
             if signal.starts is not None:
                 kwargs["distillation_starts"] = signal.starts
+        elif away:
+            kwargs["distillation"] = _says_nothing
+        owner = self.teacher_callback
+        if owner is not None and _may_have_gaps(owner.teacher) and (signal is not None or away):
+            self._count_covered(signal, inputs["labels"])
         return kwargs
 
+    def _count_covered(self, signal: TeacherSignal | None, labels: torch.Tensor) -> None:
+        predicted = labels[:, 1:] != IGNORE_INDEX
+        known = signal.covered() if signal is not None else torch.zeros_like(labels, dtype=torch.bool)
+        both = predicted if known is None else predicted & known.to(predicted.device)[:, :-1]
+        covered, asked = torch.stack([both.sum(), predicted.sum()]).tolist()
+        self._covered_in_batch = covered
+        if self.model.training:
+            self._covered, self._asked = self._covered + covered, self._asked + asked
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        owner = self.teacher_callback
+        if "loss" in logs and owner is not None and _may_have_gaps(owner.teacher):
+            counts = torch.tensor([self._covered, self._asked], device=self.args.device)
+            covered, asked = self.accelerator.reduce(counts, "sum").tolist()
+            if asked:
+                logs["kd_coverage"] = covered / asked
+            self._covered = self._asked = 0.0
+        super().log(logs, start_time)
+
+    # -- evaluation
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        try:
+            return super().evaluate(*args, **kwargs)
+        except TeacherUnavailable as error:
+            if self.is_in_train and self.args.world_size == 1:
+                self._stop_after_checkpoint(error)
+            raise
+
+    def evaluate_batch(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, float]:
+        covered, self._covered_in_batch = self._covered_in_batch, None
+        return {} if covered is None else {"kd_covered": covered}
+
     def evaluation_metrics(self, sums: dict[str, float], num_items: float) -> dict[str, float]:
-        return {"nll": sums["ce"] / num_items}
+        metrics = {"nll": sums["ce"] / num_items}
+        covered = sums.get("kd_covered", num_items)
+        if covered < num_items:
+            parts = {name: sums[name] / num_items for name in self.part_names if name in sums}
+            metrics["kd_coverage"] = covered / num_items
+            metrics["kd"] = parts["kd"] = sums["kd"] / covered if covered else math.nan
+            metrics["loss"] = math.fsum(weight * parts[name] for name, weight in self._weights.items() if weight)
+        return metrics
+
+    # -- batches
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        if self.teacher_callback is not None:
+        owner = self.teacher_callback
+        if owner is not None:
             if self._ahead is None or self._ahead[0] is not epoch_iterator:
-                self._ahead = (epoch_iterator, self.teacher_callback.look_ahead(epoch_iterator))
+                self._ahead = (epoch_iterator, owner.look_ahead(epoch_iterator))
             epoch_iterator = self._ahead[1]
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if owner is not None and owner.teacher.capabilities.remote and not owner.closed:
+            self._await_teacher(owner, batches)
+        return batches, num_items
+
+    def _await_teacher(self, owner: TeacherCallback, batches: list[dict[str, Any]]) -> None:
+        # Before the step's first forward: weights, optimiser and random state are still those of the last whole step,
+        # so a checkpoint made now is one that a resumed run continues exactly.
+        error: TeacherUnavailable | None = None
+        try:
+            for batch in batches:
+                batch[SIGNAL_KEY] = owner.answer(batch)
+        except TeacherUnavailable as caught:
+            error = caught
+        failed = float(error is not None)
+        if self.args.world_size > 1:  # each process asks for itself, and all must stop at the same step
+            failed = float(self.accelerator.reduce(torch.tensor(failed, device=self.args.device), "sum"))
+        if failed:
+            self._stop_after_checkpoint(error or TeacherUnavailable("The teacher of another process stays away."))
+
+    def _stop_after_checkpoint(self, error: TeacherUnavailable) -> None:
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if not step:
+            raise error
+        if not folder.exists():
+            self._save_checkpoint(self.model, trial=None)
+        raise TeacherUnavailable(
+            f"{error} Training stopped after step {step}, which is kept in {folder.name}: go on with "
+            "--resume_from_checkpoint true, or with --teacher_away continue to do without it."
+        ) from error
+
+
+def _may_have_gaps(teacher: Teacher) -> bool:
+    return teacher.capabilities.remote or teacher.capabilities.form == "sparse"

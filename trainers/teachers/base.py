@@ -102,6 +102,10 @@ class TeacherSignal(ABC):
     def divergence(self, student_logits: torch.Tensor, index: torch.Tensor, temperature: float) -> torch.Tensor:
         """[`loss`] with the entries at exactly `index`."""
 
+    def covered(self) -> torch.Tensor | None:
+        """`(B, T)` bool: where the teacher said anything at all; None: everywhere."""
+        return None if self.positions is None else self.positions >= 0
+
     def check_vocabulary(self, student_size: int) -> None:
         """[`check_vocabulary`] with this signal's sizes."""
         check_vocabulary(student_size, self.vocab_size, self.num_tokens, self.tokenizer_id)
@@ -204,6 +208,12 @@ class SparseSignal(TeacherSignal):
                 f"`entropy` {tuple(self.entropy.shape)} must be (B, T), as `top_ids` {tuple(self.top_ids.shape)}."
             )
 
+    def covered(self) -> torch.Tensor:
+        present = (self.top_logprobs > ABSENT_LOGPROB).any(-1)
+        if self.positions is None:
+            return present
+        return present.gather(1, self.positions.clamp(min=0)) & (self.positions >= 0)
+
     def divergence(self, student_logits: torch.Tensor, index: torch.Tensor, temperature: float) -> torch.Tensor:
         index = index.to(self.top_ids.device)
         top_ids = self.top_ids.flatten(0, 1)[index].to(student_logits.device)
@@ -299,12 +309,14 @@ class TeacherCapabilities:
             in [`KDTrainer`].
         any_temperature: its distributions can be softened (full logits can, a top-k cannot).
         remote: a call waits for a network; computing the next batch's signal meanwhile (`prefetch`) pays.
+        parallel_calls: threads that may call `signal` at once.
     """
 
     form: str = "dense"
     scores_given_tokens: bool = True
     any_temperature: bool = True
     remote: bool = False
+    parallel_calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -326,7 +338,7 @@ class TeacherIdentity:
 
 @runtime_checkable
 class Teacher(Protocol):
-    """A source of [`TeacherSignal`]. Used from one thread at a time."""
+    """A source of [`TeacherSignal`]. `signal` is called from as many threads at once as its capabilities allow."""
 
     vocab_size: int
     num_tokens: int | None

@@ -18,7 +18,6 @@ from .base import (
     Teacher,
     TeacherCapabilities,
     TeacherIdentity,
-    TeacherSignal,
     speaking_positions,
 )
 from .identity import identity_of, tokenizer_hash
@@ -294,7 +293,8 @@ def score_rows(
     else:
         # a text's draws are its own, whatever the batch
         seeds = [
-            row_seeds(row[seen][None], shape.draw_seed)[0] for row, seen in zip(input_ids.cpu(), mask.cpu(), strict=True)
+            row_seeds(row[seen][None], shape.draw_seed)[0]
+            for row, seen in zip(input_ids.cpu(), mask.cpu(), strict=True)
         ]
         sparse = to_sparse(signal, k, num_draws, seed=seeds if num_draws else None)
     top_ids, top_logprobs = sparse.top_ids.cpu().numpy(), sparse.top_logprobs.float().cpu().numpy()

@@ -267,8 +267,7 @@ def _ask(teacher: Teacher, texts: Sequence[Text], shape: Shape) -> list[StoredRo
     for place, text in enumerate(texts):
         ids[place, : len(text.token_ids)] = torch.from_numpy(text.token_ids.astype(np.int64))
         mask[place, : len(text.token_ids)] = 1
-    seed = int.from_bytes(texts[0].key[:7], "big") ^ shape.draw_seed
-    return score_rows(teacher, ids, mask, shape, seed)
+    return score_rows(teacher, ids, mask, shape)
 
 
 def common_teacher(teachers: Sequence[Teacher]) -> StoredTeacher:

@@ -1,0 +1,124 @@
+"""Say what the teacher's endpoint has, allows and can do for distillation. Nothing is trained, a few tokens are asked.
+
+    python scripts/check_api.py                                          # TEACHER_BACKEND of .env or the environment
+    python scripts/check_api.py --teacher_backend vllm-remote --tokenizer checkpoints/ae
+
+With `--tokenizer` (a codec's directory, or a Hub id) the teacher is built as training builds it, tokenizer check
+included. Exit status: 0 when the endpoint can be a teacher, 1 when it cannot, 2 for a wrong call.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+MODELS_SHOWN = 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from trainers.teachers import BACKENDS, read_env
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--teacher_backend", choices=list(BACKENDS), help="default: TEACHER_BACKEND")
+    parser.add_argument("--teacher", help="model; default: the environment's")
+    parser.add_argument("--tokenizer", help="the student's: directory or Hub id")
+    parser.add_argument("--kd_top_k", type=int)
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds until a silent server counts as away")
+    arguments = parser.parse_args(argv)
+    try:
+        environment = read_env()
+        backend = arguments.teacher_backend or environment.get("TEACHER_BACKEND", "hf")
+        if backend not in BACKENDS:
+            raise ValueError(f"TEACHER_BACKEND is {backend!r}, and can be {', '.join(BACKENDS)}.")
+        able, needs = BACKENDS[backend]
+        print(f"backend   {backend}: {needs}")
+        print(f"mode      {'score' if able.startswith('scores') else 'sample'}: it {able}")
+        if backend in ("vllm-remote", "venice", "openai"):
+            show_models(backend, environment, arguments.timeout)
+        if arguments.tokenizer is not None:
+            try_teacher(backend, environment, arguments)
+        elif backend in ("hf", "vllm-local", "tgi"):
+            print("next      pass --tokenizer checkpoints/ae to load or ask the teacher itself")
+    except (ValueError, ConnectionError, ImportError, OSError) as error:
+        print(f"FAILED    {error}")
+        return 1
+    return 0
+
+
+def show_models(backend: str, environment: dict[str, str], timeout: float) -> None:
+    """Models with what they say about themselves, and the limits of the key."""
+    from trainers.teachers import FlowConfig, Secret
+    from trainers.teachers.build import VENICE_MODEL
+    from trainers.teachers.chat_api import VENICE_URL, gives_logprobs, list_models
+    from trainers.teachers.http_server import HTTPServer, RequestRefused
+
+    prefix, url_name = {
+        "vllm-remote": ("VLLM_REMOTE", "VLLM_REMOTE_URL"),
+        "venice": ("VENICE", "VENICE_BASE_URL"),
+        "openai": ("OPENAI", "OPENAI_BASE_URL"),
+    }[backend]
+    url = environment.get(url_name, VENICE_URL if backend == "venice" else "")
+    if not url:
+        raise ValueError(f"{url_name} is not set: put it into .env or the environment.")
+    key = Secret(environment.get(f"{prefix}_API_KEY"), f"{prefix}_API_KEY")
+    server = HTTPServer(url, url_name, key, FlowConfig(patience=timeout, deadline=timeout))
+    print(f"address   {server.url}; key {'set' if key else 'not set'} ({key.name})")
+    try:
+        models = list_models(server)
+        wanted = environment.get(f"{prefix}_MODEL", VENICE_MODEL if backend == "venice" else None)
+        able = {name: gives_logprobs(entry) for name, entry in models.items()}
+        shown = sorted(models, key=lambda name: (name != wanted, not able[name], name))
+        print(f"models    {len(models)}")
+        for name in shown[:MODELS_SHOWN]:
+            words = {True: "gives log-probabilities", False: "NO log-probabilities", None: ""}[able[name]]
+            length = models[name].get("max_model_len") or (models[name].get("model_spec") or {}).get(
+                "availableContextTokens"
+            )
+            print(f"  {'*' if name == wanted else ' '} {name}  {words}{f'  up to {length} tokens' if length else ''}")
+        if len(shown) > MODELS_SHOWN:
+            print(f"    ... and {len(shown) - MODELS_SHOWN} more")
+        if wanted is not None and wanted not in models:
+            raise ValueError(f"{prefix}_MODEL is {wanted!r}, which is not listed.")
+        if wanted is not None and able[wanted] is False:
+            qualify = ", ".join(name for name in sorted(models) if able[name]) or "none"
+            raise ValueError(f"{wanted!r} gives no log-probabilities. Models that qualify: {qualify}.")
+        if backend == "venice":
+            try:
+                print(f"limits    {server.ask('GET', '/v1/api_keys/rate_limits')}"[:2000])
+            except RequestRefused as error:
+                print(f"limits    unknown: {error.said}")
+    finally:
+        server.close()
+
+
+def try_teacher(backend: str, environment: dict[str, str], arguments: argparse.Namespace) -> None:
+    """Build it as training does, and ask it once."""
+    from transformers import AutoTokenizer
+
+    from trainers.teachers import build_teacher
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    teacher = build_teacher(
+        backend,
+        tokenizer,
+        environment,
+        arguments.teacher,
+        k=arguments.kd_top_k,
+        max_tokens=4,
+        patience=arguments.timeout,
+    )
+    try:
+        teacher.check()
+        print(f"teacher   {teacher!r}")
+        for name in ("path", "max_model_len", "k"):
+            if getattr(teacher, name, None) is not None:
+                print(f"  {name}: {getattr(teacher, name)}")
+        print("OK        it answers as training needs it")
+    finally:
+        teacher.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

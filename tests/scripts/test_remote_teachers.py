@@ -1,0 +1,156 @@
+"""The scripts with a teacher elsewhere: doubles on 127.0.0.1, addresses and keys in `.env`, as a person has them."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from scripts import check_api, serve_teacher, train_student
+from tests.conftest import tiny_autoencoder
+from tests.trainers.training_helpers import TEXT, byte_tokenizer, tiny_teacher
+
+
+pytest.importorskip("openai")
+from tests.trainers.teacher_doubles import FakeTGI, FakeVenice  # noqa: E402
+from trainers.evaluation.loopback_servers import FakeVLLM  # noqa: E402
+
+
+KEY = "sk-never-to-be-seen-0123456789"
+FLAGS = (
+    "--block_size 32 --max_steps 3 --logging_steps 1 --save_strategy no --disable_tqdm true --use_cpu true "
+    "--hidden_size 32 --intermediate_size 64 --num_hidden_layers 1 --num_attention_heads 2 --report_to none "
+    "--max_train_tokens 640 --max_eval_tokens 256"
+)
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """A working directory with text, a codec, and nothing of this machine's environment."""
+    for name in ("TEACHER_BACKEND", "VENICE_API_KEY", "OPENAI_API_KEY", "VLLM_REMOTE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT * 6))
+    torch.manual_seed(0)
+    tiny_autoencoder().save_pretrained("codec")
+    byte_tokenizer().save_pretrained("codec")
+    return tmp_path
+
+
+def train(more: str = "") -> dict[str, float]:
+    return train_student.main(
+        f"--data text.jsonl --autoencoder codec --cache_dir cache --output_dir out {FLAGS} {more}".split()
+    )
+
+
+def everything_written(room) -> str:
+    kept = [path for path in room.rglob("*") if path.is_file() and path.name != ".env" and path.suffix != ".arrow"]
+    return "".join(path.read_text(errors="replace") for path in kept)
+
+
+def test_student_learns_from_a_vllm_server_that_env_names(room, capsys):
+    """`make train-student-vllm-remote`, and a card that names the model and neither address nor key."""
+    with FakeVLLM(tiny_teacher(), byte_tokenizer(), key=KEY) as server:
+        (room / ".env").write_text(
+            f"TEACHER_BACKEND=vllm-remote\nVLLM_REMOTE_URL={server.url}/v1\nVLLM_REMOTE_API_KEY={KEY}\n"
+        )
+        metrics = train("--kd_top_k 10 --teacher_revision abc --teacher_dtype float32")
+        assert server.requests[-1][2]["sampling_params"]["prompt_logprobs"] == 10
+    assert metrics["eval_kd"] > 0
+    AutoModelForCausalLM.from_pretrained("out")
+    log = json.loads((room / "out" / "trainer_state.json").read_text())["log_history"]
+    assert all(entry["kd_coverage"] > 0.9 for entry in log if "kd" in entry)
+    output = capsys.readouterr()
+    assert "teacher: teacher (vllm-remote)" in output.out
+    for text in (everything_written(room), output.out, output.err):
+        assert KEY not in text
+    assert server.url not in everything_written(room)
+
+
+def test_student_learns_from_what_venice_writes(room, capsys):
+    """`make train-student-venice`; the second run pays for nothing."""
+    with FakeVenice(tiny_teacher(), byte_tokenizer(), KEY) as server:
+        (room / ".env").write_text(
+            f"VENICE_BASE_URL={server.url}/api/v1\nVENICE_API_KEY={KEY}\nVENICE_MODEL=teacher  # any\n"
+        )
+        flags = "--teacher_backend venice --kd_top_k 8 --teacher_prompt_tokens 8"
+        metrics = train(flags)
+        asked = len([path for _, path, *_ in server.requests if path.endswith("completions")])
+        assert asked > 10 and metrics["eval_kd"] > 0
+        train(flags)
+        again = len([path for _, path, *_ in server.requests if path.endswith("completions")])
+        assert again == asked + 1, "one text to check that it answers"
+    output = capsys.readouterr()
+    assert (room / "out" / "teacher_texts.jsonl").exists()
+    for text in (everything_written(room), output.out, output.err):
+        assert KEY not in text
+
+
+def test_mode_that_the_backend_cannot_do_ends_the_script_at_once(room):
+    """Before the corpus is tokenised."""
+    (room / ".env").write_text(f"VENICE_API_KEY={KEY}\n")
+    with pytest.raises(ValueError, match="'venice' cannot score"):
+        train("--teacher_backend venice --teacher_mode score")
+    assert not (room / "cache").exists()
+
+
+def test_check_api_says_models_limits_and_modes(room, capsys):
+    """What one wants to know before an hour of training."""
+    with FakeVenice(tiny_teacher(), byte_tokenizer(), KEY) as server:
+        env = f"TEACHER_BACKEND=venice\nVENICE_BASE_URL={server.url}/api/v1\nVENICE_API_KEY={KEY}\n"
+        (room / ".env").write_text(env)
+        assert check_api.main([]) == 1
+        assert "'qwen3-next-80b', which is not listed" in capsys.readouterr().out
+        (room / ".env").write_text(env + "VENICE_MODEL=mute\n")
+        assert check_api.main([]) == 1
+        assert "'mute' gives no log-probabilities. Models that qualify: teacher." in capsys.readouterr().out
+        (room / ".env").write_text(env + "VENICE_MODEL=teacher\n")
+        assert check_api.main(["--tokenizer", "codec", "--kd_top_k", "8"]) == 0
+        text = capsys.readouterr().out
+    for words in ("mode      sample", "* teacher  gives log-probabilities  up to 2048 tokens", "limits", "OK"):
+        assert words in text
+    assert KEY not in text
+
+
+def test_check_api_of_a_vllm_server_says_its_way_in(room, capsys):
+    """Whether --enable-scale-out was given shows nowhere else."""
+    with FakeVLLM(tiny_teacher(), byte_tokenizer(), scale_out=False) as server:
+        (room / ".env").write_text(f"TEACHER_BACKEND=vllm-remote\nVLLM_REMOTE_URL={server.url}/v1\n")
+        assert check_api.main(["--tokenizer", "codec"]) == 0
+    text = capsys.readouterr().out
+    assert "mode      score" in text and "path: /v1/completions" in text and "max_model_len: 2048" in text
+    (room / ".env").write_text("TEACHER_BACKEND=vllm-remote\nVLLM_REMOTE_URL=http://127.0.0.1:9/v1\n")
+    assert check_api.main(["--timeout", "0.5"]) == 1
+    assert "FAILED    http://127.0.0.1:9/v1 gave no answer" in capsys.readouterr().out
+
+
+def test_check_api_of_tgi(room, capsys):
+    """It only writes, and five alternatives are its most."""
+    with FakeTGI(tiny_teacher(), byte_tokenizer()) as server:
+        (room / ".env").write_text(f"TEACHER_BACKEND=tgi\nTGI_URL={server.url}\n")
+        assert check_api.main(["--tokenizer", "codec"]) == 0
+    assert "mode      sample" in capsys.readouterr().out
+
+
+def test_the_server_is_started_with_what_env_says(room, monkeypatch):
+    """A key on a command line is everybody's."""
+    started = []
+    monkeypatch.setattr("os.execve", lambda *arguments: started.append(arguments))
+    (room / ".env").write_text(
+        f"VLLM_LOCAL_MODEL=a/b\nVLLM_QUANTIZATION=gptq           # or awq\nVLLM_MAX_MODEL_LEN=4096\n"
+        f"VLLM_GPU_MEMORY_UTIL=0.5\nVLLM_TENSOR_PARALLEL=2\nVLLM_REMOTE_API_KEY={KEY}\n"
+    )
+    serve_teacher.main(["--port", "8001", "--", "--max-num-seqs", "4"])
+    ((_, command, environment),) = started
+    text = " ".join(command)
+    for words in (
+        "--model a/b --host 127.0.0.1 --port 8001",
+        "--enable-scale-out --max-logprobs 128",
+        "--quantization gptq --max-model-len 4096 --gpu-memory-utilization 0.5 --tensor-parallel-size 2",
+    ):
+        assert words in text
+    assert command[-2:] == ["--max-num-seqs", "4"]
+    assert KEY not in text and environment["VLLM_API_KEY"] == KEY
+    (room / ".env").unlink()
+    with pytest.raises(SystemExit):
+        serve_teacher.main([])

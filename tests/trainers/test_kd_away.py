@@ -1,0 +1,161 @@
+"""KDTrainer with a teacher whose answers take time, or do not come."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from tests.conftest import VOCAB, tiny_student
+from tests.trainers.test_kd_trainer import trainer_of, weights_of
+from tests.trainers.training_helpers import byte_tokenizer, ragged_rows, tiny_args, tiny_teacher, train_log
+from trainers import KDConfig, KDTrainer, PatchCollator
+from trainers.evaluation.loopback_servers import FakeVLLM
+from trainers.teachers import FlowConfig, SparseSignal, TeacherCapabilities, TeacherUnavailable, VLLMServerTeacher
+
+
+class RemoteTeacher:
+    """A teacher over a wire: top 20, some seconds for each answer, away from one question to another."""
+
+    vocab_size, num_tokens = VOCAB, VOCAB
+    capabilities = TeacherCapabilities(form="sparse", any_temperature=False, remote=True, parallel_calls=8)
+
+    def __init__(self, seconds=0.0, away=()):
+        self.model, self.seconds, self.away = tiny_teacher(), seconds, away
+        self.asked = self.closed = 0
+        self.running = self.most = 0
+        self.lock = threading.Lock()
+
+    def signal(self, input_ids, attention_mask=None):
+        with self.lock:
+            self.asked += 1
+            number = self.asked
+            self.running += 1
+            self.most = max(self.most, self.running)
+        try:
+            if number in self.away:
+                raise TeacherUnavailable("http://teacher gave no answer for 600 s.")
+            time.sleep(self.seconds)
+            with self.lock, torch.no_grad():
+                values, ids = self.model(input_ids, attention_mask=attention_mask).logits.log_softmax(-1).topk(20)
+            return SparseSignal(ids, values, vocab_size=VOCAB)
+        finally:
+            with self.lock:
+                self.running -= 1
+
+    def check(self):
+        pass
+
+    def close(self):
+        self.closed += 1
+
+
+def test_a_teacher_that_stays_away_ends_training_after_a_checkpoint(tmp_path):
+    """An hour since the last checkpoint is an hour lost; going on without a word is worse."""
+    away = RemoteTeacher(away=range(7, 99))  # step 4 of two batches each
+    trainer = trainer_of(
+        tiny_student("energy"),
+        tmp_path / "broken",
+        teacher=away,
+        max_steps=6,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        teacher_prefetch=0,  # so that questions are counted in the order of the batches
+    )
+    with pytest.raises(TeacherUnavailable, match="no answer.*after step 3, which is kept in checkpoint-3"):
+        trainer.train()
+    assert away.closed == 1
+    results = []
+    for folder, resume in (("whole", None), ("broken", str(tmp_path / "broken" / "checkpoint-3"))):
+        torch.manual_seed(0)
+        trainer = trainer_of(
+            tiny_student("energy"),
+            tmp_path / folder,
+            teacher=RemoteTeacher(),
+            max_steps=6,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=2,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        results.append(weights_of(trainer.model))
+    # a run that never stopped: same batches, same noise
+    assert torch.equal(*results)
+
+
+def test_before_the_first_step_there_is_nothing_to_keep(tmp_path):
+    """A checkpoint of untrained weights would be resumed from."""
+    trainer = trainer_of(tiny_student(), tmp_path, teacher=RemoteTeacher(away=range(1, 99)))
+    with pytest.raises(TeacherUnavailable):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_training_may_go_on_without_and_says_for_how_much(tmp_path):
+    """By option, and never in silence."""
+    teacher = RemoteTeacher(away=(2, 3))
+    trainer = trainer_of(
+        tiny_student(), tmp_path, teacher=teacher, max_steps=4, teacher_away="continue", teacher_prefetch=0
+    )
+    trainer.train()
+    log = train_log(trainer)
+    assert [entry["kd_coverage"] > 0.9 for entry in log] == [True, False, False, True]
+    assert [entry["kd"] == 0 for entry in log] == [False, True, True, False]
+    for entry in log:
+        assert entry["loss"] == pytest.approx(entry["ce"] + entry["kd"], rel=1e-4)
+
+
+def test_evaluation_leaves_out_what_the_teacher_did_not_judge(tmp_path):
+    """Counted as 0, a dead teacher would look like a perfect student."""
+    model = tiny_student()
+    full = trainer_of(model, tmp_path, teacher=RemoteTeacher(), teacher_away="continue")
+    first = full.evaluate(ragged_rows(7)[:4])
+    half = trainer_of(model, tmp_path, teacher=RemoteTeacher(away=(2,)), teacher_away="continue").evaluate()
+    assert full.evaluate()["eval_nll"] == half["eval_nll"] and 0 < half["eval_kd_coverage"] < 1
+    assert half["eval_kd"] == pytest.approx(first["eval_kd"], rel=1e-4)
+    assert half["eval_loss"] == pytest.approx(half["eval_nll"] + half["eval_kd"], rel=1e-5)
+
+
+def test_going_on_without_needs_something_else_to_learn(tmp_path):
+    """With kd alone each such step would be a step of weight decay."""
+    with pytest.raises(ValueError, match="nothing would be learned without the teacher"):
+        trainer_of(tiny_student(), tmp_path, teacher=RemoteTeacher(), ce_weight=0.0, teacher_away="continue")
+    with pytest.raises(ValueError, match="teacher_away must be"):
+        KDConfig(output_dir=str(tmp_path), teacher_away="wait")
+
+
+def test_batches_are_asked_about_together(tmp_path):
+    """One after the other, a teacher of latency L costs L a batch, however long the trainer works."""
+    teacher = RemoteTeacher(seconds=0.1)
+    trainer_of(tiny_student(), tmp_path, rows=64, teacher=teacher, max_steps=8).train()
+    assert 3 <= teacher.most <= 5
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("teacher")]
+
+
+def test_a_hanging_server_does_not_hold_up_the_end(tmp_path):
+    """Whoever presses Ctrl-C does not wait for ten minutes of patience."""
+    pytest.importorskip("openai")
+    tokenizer = byte_tokenizer()
+    with FakeVLLM(tiny_teacher(), tokenizer) as server:
+        teacher = VLLMServerTeacher(server.url, tokenizer, config=FlowConfig(deadline=60, patience=600))
+        trainer = KDTrainer(
+            model=tiny_student(),
+            args=tiny_args(KDConfig, tmp_path, max_steps=4, teacher_prefetch=2),
+            teacher=teacher,
+            train_dataset=ragged_rows(16),
+            data_collator=PatchCollator(4),
+        )
+        step = trainer.training_step
+
+        def interrupted(*args, **kwargs):
+            if trainer.state.global_step == 1:
+                raise KeyboardInterrupt
+            while not all(future.done() for future in trainer.teacher_callback._pending):
+                time.sleep(0.01)
+            server.fault = lambda number: "hang"
+            return step(*args, **kwargs)
+
+        trainer.training_step = interrupted
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert time.monotonic() - start < 25
