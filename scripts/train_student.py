@@ -9,6 +9,8 @@
         --init_from_teacher --layers 0,2,4,6,8,10,12,14 --lora_r 16 --output_dir checkpoints/student
     python scripts/train_student.py --data corpus.jsonl --autoencoder checkpoints/ae --teacher_backend vllm-remote \\
         --teacher_dtype bfloat16 --teacher_revision main --output_dir checkpoints/student
+    python scripts/train_student.py --data corpus.jsonl --autoencoder checkpoints/ae \\
+        --kd_cache cache/kd_cache.sqlite --output_dir checkpoints/student         (what build_kd_cache.py asked for)
     accelerate launch scripts/train_student.py ...          (or torchrun --nproc_per_node N; same flags)
 
 Where the teacher is, says `--teacher_backend` (TEACHER_BACKEND); addresses and keys come from `.env` or the
@@ -242,6 +244,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     try:
         trainer.train(resume_from_checkpoint=training_args.checkpoint())
         metrics = trainer.evaluate()
+        if student_args.kd_cache is not None and teacher is not None:
+            print(f"KD store {student_args.kd_cache}: {teacher.statistics.describe()}")
     finally:
         if owner is not None:
             owner.close()

@@ -509,8 +509,24 @@ def test_draws_of_a_teacher_are_kept_with_their_entropy(tmp_path):
         torch.testing.assert_close(signal.top_logprobs[:, :11], plain.top_logprobs[:, :11], atol=4e-3, rtol=1e-3)
         torch.testing.assert_close(signal.entropy[:, :11], plain.entropy[:, :11], atol=2e-3, rtol=1e-3)
     assert cached.statistics.found == 2
-    with pytest.raises(ValueError, match="Draws from a dense teacher's tail"):
-        CachedTeacher(AskedTeacher(), SQLiteStore(path), k=6, num_draws=2).signal(ids)
+
+
+def test_a_full_distribution_is_kept_as_its_head_and_a_texts_own_draws(tmp_path):
+    """Draws that changed with the batch, or with what was asked before, would make a warm run another run."""
+    ids = text_batch(2, 12)
+    teacher = AskedTeacher()
+    logprobs = teacher.signal(ids).logits(torch.arange(ids.numel())).log_softmax(-1).view(*ids.shape, -1)
+    together = CachedTeacher(teacher, SQLiteStore(tmp_path / "a.sqlite"), k=6, num_draws=2).signal(ids)
+    assert together.num_draws == 2 and together.entropy is not None
+    head = logprobs.topk(4)
+    assert torch.equal(together.top_ids[:, :11, :4].long(), head.indices[:, :11])
+    torch.testing.assert_close(
+        together.entropy[:, :11], -(logprobs.exp() * logprobs).sum(-1)[:, :11], atol=2e-3, rtol=1e-3
+    )
+    alone = CachedTeacher(AskedTeacher(), SQLiteStore(tmp_path / "b.sqlite"), k=6, num_draws=2).signal(ids[1:])
+    assert torch.equal(alone.top_ids[:, :11], together.top_ids[1:, :11])
+    again = CachedTeacher(None, SQLiteStore(tmp_path / "a.sqlite")).signal(ids)
+    assert torch.equal(again.top_ids[:, :11], together.top_ids[:, :11])
 
 
 def test_stored_numbers_do_not_depend_on_the_students_precision(tmp_path):
