@@ -52,30 +52,28 @@ class RemoteTeacher:
 
 def test_a_teacher_that_stays_away_ends_training_after_a_checkpoint(tmp_path):
     """An hour since the last checkpoint is an hour lost; going on without a word is worse."""
-    away = RemoteTeacher(away=range(7, 99))  # step 4 of two batches each
-    trainer = trainer_of(
-        tiny_student("energy"),
-        tmp_path / "broken",
-        teacher=away,
-        max_steps=6,
-        gradient_accumulation_steps=2,
-        per_device_train_batch_size=2,
-        teacher_prefetch=0,  # so that questions are counted in the order of the batches
-    )
+
+    def trainer_in(folder, teacher, **kwargs):
+        torch.manual_seed(0)
+        return trainer_of(
+            tiny_student("energy"),
+            tmp_path / folder,
+            teacher=teacher,
+            max_steps=6,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=2,
+            **kwargs,
+        )
+
+    away = RemoteTeacher(away=range(7, 99))  # step 4, of two batches each
+    # without prefetching questions are counted in the order of the batches
+    trainer = trainer_in("broken", away, teacher_prefetch=0)
     with pytest.raises(TeacherUnavailable, match="no answer.*after step 3, which is kept in checkpoint-3"):
         trainer.train()
     assert away.closed == 1
     results = []
     for folder, resume in (("whole", None), ("broken", str(tmp_path / "broken" / "checkpoint-3"))):
-        torch.manual_seed(0)
-        trainer = trainer_of(
-            tiny_student("energy"),
-            tmp_path / folder,
-            teacher=RemoteTeacher(),
-            max_steps=6,
-            gradient_accumulation_steps=2,
-            per_device_train_batch_size=2,
-        )
+        trainer = trainer_in(folder, RemoteTeacher())
         trainer.train(resume_from_checkpoint=resume)
         results.append(weights_of(trainer.model))
     # a run that never stopped: same batches, same noise

@@ -102,12 +102,17 @@ def test_rows_without_a_successor_are_not_asked_about(connect):
     assert torch.isfinite(signal.loss(torch.randn(8, VOCAB), torch.arange(8))).all()
 
 
-def test_an_absent_entry_is_absent_and_not_a_number(connect):
+def test_an_absent_entry_is_absent_and_not_a_number(connect, model):
     """vLLM writes -inf as -9999; read as a log-probability it is a probability of 0 that the student must reach."""
     _, teacher = connect({"fault": lambda number: "absent"})
-    signal = teacher.signal(text_batch(1, 8))
-    assert torch.isfinite(signal.loss(torch.randn(7, VOCAB), torch.arange(7))).all()
-    assert (signal.top_logprobs[0, 6] > -1000).sum() == 19
+    ids = text_batch(4, 8)
+    signal = teacher.signal(ids)
+    assert torch.isfinite(signal.loss(torch.randn(28, VOCAB), torch.arange(28))).all()
+    with torch.no_grad():
+        own = model(ids).logits.log_softmax(-1).gather(-1, signal.top_ids.long())
+    present = signal.top_logprobs > -1000
+    torch.testing.assert_close(signal.top_logprobs[present], own[present], atol=1e-4, rtol=0)
+    assert (signal.top_logprobs[~present] == -10000).all()
 
 
 @pytest.mark.parametrize("scale_out", [True, False])

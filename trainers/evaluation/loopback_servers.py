@@ -265,19 +265,20 @@ class CapacityServer:
         self.capacity, self.seconds, self.retry_after = capacity, seconds, retry_after
         self.served = self.refused = self._running = 0
         self._loop = asyncio.new_event_loop()
-        self._server: Any = None
         ready = threading.Event()
+        port: list[int] = []
 
         def run() -> None:
             asyncio.set_event_loop(self._loop)
-            self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
+            server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
+            port.append(server.sockets[0].getsockname()[1])
             ready.set()
             self._loop.run_forever()
 
         self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
         ready.wait()
-        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        self.url = f"http://127.0.0.1:{port[0]}"
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -7,6 +7,7 @@ Tested against the published schema (docs/openapi.json of 3.3), never against a 
 since December 2025; its authors recommend vLLM.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -63,10 +64,12 @@ class TGIWriter:
         self.flow = Flow(self.url, config)
         # without a key of its own the client would send the token of `hf auth login` to whatever address this is
         self._client = AsyncInferenceClient(
-            model=self.url, api_key=self.key.reveal() or "none", timeout=self.flow.config.deadline
+            model=self.url,
+            provider="hf-inference",
+            api_key=self.key.reveal() or "none",
+            timeout=self.flow.config.deadline,
         )
-        if hasattr(self._client, "close"):
-            self.flow.at_close(self._client.close)
+        self.flow.at_close(self._client.close)
         self.info: dict[str, Any] = {}
         self.name = "text-generation-inference"
         try:
@@ -175,9 +178,7 @@ class TGIWriter:
                 raise RequestFailed(f"{status} {said}") from None
             hint = " Lower --kd_top_k, or start TGI with --max-top-n-tokens." if "top_n_tokens" in said else ""
             raise RequestRefused(f"{self.url} answers {status}: {said}{hint}", status, said) from None
-        except (OSError, ValueError) as error:
-            if isinstance(error, BadReply):
-                raise
+        except (OSError, json.JSONDecodeError) as error:
             raise RequestFailed(f"no whole answer ({type(error).__name__})") from None
         except Exception as error:
             if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2"):

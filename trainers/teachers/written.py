@@ -122,7 +122,8 @@ def _read_texts(file: Path, header: dict[str, Any]) -> dict[tuple[int, ...], Wri
                 "name another file, or move this one away."
             )
         if number:
-            texts[tuple(record.pop("asked"))] = WrittenText(**record)
+            asked = tuple(record.pop("asked"))
+            texts[asked] = WrittenText(**record)
         good += len(line.encode())
     os.truncate(file, good)
     return texts
@@ -133,7 +134,7 @@ def training_rows(
 ) -> list[dict[str, np.ndarray]]:
     """Rows of `block_size` tokens, one text each: prompt, text, an end where the teacher ended, padding. Labels are
     the teacher's tokens alone. Texts of which nothing fits are left out."""
-    rows = []
+    rows: list[dict[str, np.ndarray]] = []
     for text in texts:
         ids = [*text.prompt_ids, *text.ids, *([eos_token_id] if text.ended else [])][:block_size]
         if len(ids) <= len(text.prompt_ids) or not text.prompt_ids or not text.ids:
