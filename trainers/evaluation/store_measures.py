@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -245,13 +244,18 @@ def _kill_key(name: str, place: int) -> bytes:
 
 class _StepTimes(TrainerCallback):
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.times: list[np.ndarray] = []  # wall and CPU seconds of each step
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> np.ndarray:
+        return np.array([time.perf_counter(), time.process_time()])
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.times.append(-time.perf_counter())
+        self._start = self._now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.times[-1] += time.perf_counter()
+        self.times.append(self._now() - self._start)
 
 
 def warm_store_slowdown(
@@ -273,7 +277,7 @@ def warm_store_slowdown(
     store = SQLiteStore(path)
     label(blocks, TeacherPool([teacher]), store, Shape(20))
     store.close()
-    times: dict[str, list[float]] = {"without": [], "with": []}
+    times: dict[str, list[np.ndarray]] = {"without": [], "with": []}
     found = 0
     for _ in range(repeats):
         for kind, collected in times.items():
@@ -303,10 +307,12 @@ def warm_store_slowdown(
             ).train()
             collected += clock.times[2:]
             found += cached.statistics.found if cached is not None else 0
-    medians = {kind: statistics.median(values) for kind, values in times.items()}
+    medians = {kind: np.median(values, axis=0).tolist() for kind, values in times.items()}
     return {
-        **medians,
-        "slowdown": medians["with"] / medians["without"] - 1,
+        "without": medians["without"][0],
+        "with": medians["with"][0],
+        "slowdown": medians["with"][0] / medians["without"][0] - 1,
+        "slowdown_cpu": medians["with"][1] / medians["without"][1] - 1,
         "rows_found": found,
         **_reading(path, blocks),
     }
