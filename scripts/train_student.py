@@ -145,8 +145,13 @@ class StudentArguments:
     def __post_init__(self):
         if self.kd_top_k is not None and self.kd_top_k < 1:
             raise ValueError(f"kd_top_k must be at least 1, got {self.kd_top_k}.")
-        if self.kd_num_draws is not None and self.kd_num_draws and self.kd_top_k is None and self.kd_cache is None:
-            raise ValueError("kd_num_draws is about a part of a teacher's distributions: add kd_top_k or kd_cache.")
+        source = self.teacher or self.kd_cache or self.teacher_backend or os.environ.get("TEACHER_BACKEND")
+        self._refuse("kd_top_k", source is None, "is about a teacher's distributions: add teacher")
+        self._refuse(
+            "kd_num_draws",
+            self.kd_top_k is None and self.kd_cache is None,
+            "is about a part of a teacher's distributions: add kd_top_k",
+        )
         if self.kd_top_k is not None and not 0 <= (self.kd_num_draws or 0) <= self.kd_top_k:
             raise ValueError(f"kd_num_draws must lie in 0 to kd_top_k ({self.kd_top_k}), got {self.kd_num_draws}.")
         if self.teacher_prompt_tokens < 1:
@@ -277,8 +282,10 @@ def load_teacher(student_args: StudentArguments, training_args, block_size: int,
     backend = student_args.teacher_backend or environment.get("TEACHER_BACKEND", "hf")
     aligned = training_args.kd_alignment == "bytes"
     if aligned:
-        if backend != "hf" or student_args.teacher is None:
-            raise ValueError("kd_alignment bytes needs a local teacher: add --teacher, and no other teacher_backend.")
+        if backend != "hf":
+            raise ValueError(f"kd_alignment bytes needs a teacher at hand, and teacher_backend is {backend}: use hf.")
+        if student_args.teacher is None:
+            raise ValueError("kd_alignment is bytes but there is no teacher: add --teacher.")
         for name in ("kd_top_k", "kd_cache", "init_from_teacher"):
             if getattr(student_args, name):
                 raise ValueError(
@@ -292,8 +299,6 @@ def load_teacher(student_args: StudentArguments, training_args, block_size: int,
         )
     if backend == "hf" and student_args.teacher is None:
         if student_args.kd_cache is None:
-            if student_args.kd_top_k is not None:
-                raise ValueError("kd_top_k is about a teacher's distributions: add --teacher or --kd_cache.")
             return None
         teacher = None
     else:

@@ -43,7 +43,7 @@ def data_flags(room):
 
 
 def build(room, more):
-    flags = f"{data_flags(room)} --teacher {room}/teacher --top_k 12 --batch_size 16 {more}"
+    flags = f"{data_flags(room)} --teacher {room}/teacher --top_k 12 --num_draws 0 --batch_size 16 {more}"
     return build_kd_cache.main(flags.split())
 
 
@@ -61,7 +61,9 @@ def test_student_trains_from_either_store_without_its_teacher(room, tmp_path, ca
     assert runs[0][1]["eval_kd"] == runs[1][1]["eval_kd"] > 0
     assert "100.0% without the teacher" in capsys.readouterr().out
     asked, _ = train(
-        room, tmp_path / "live", f"--teacher {room}/teacher --kd_cache {tmp_path}/new.sqlite --kd_top_k 12"
+        room,
+        tmp_path / "live",
+        f"--teacher {room}/teacher --kd_cache {tmp_path}/new.sqlite --kd_top_k 12 --kd_num_draws 0",
     )
     stored, _ = train(room, tmp_path / "stored", f"--kd_cache {room}/kd.sqlite")
     for live, kept in zip(asked, stored, strict=True):

@@ -134,7 +134,8 @@ class TGIWriter:
             )
         top_ids, top_logprobs = [], []
         for row in tops:
-            entries = sorted(((float(token.logprob), token.id) for token in row), reverse=True)[: self.k]
+            pairs = ((float(_field(token, "logprob")), _field(token, "id")) for token in row)
+            entries = sorted(pairs, reverse=True)[: self.k]
             if len(entries) < self.k or any(not value <= 1e-3 for value, _ in entries):
                 raise BadReply(f"{self.url}: a row of top_tokens holds {entries[:3]}..., asked for {self.k} entries.")
             top_ids.append([i for _, i in entries])
@@ -192,6 +193,11 @@ class TGIWriter:
     def close(self) -> None:
         """Close the connections."""
         self.flow.close()
+
+
+def _field(token: Any, name: str) -> Any:
+    # the client parses lists, and leaves what is in lists of lists (huggingface_hub 2.4)
+    return token[name] if isinstance(token, dict) else getattr(token, name)
 
 
 def _prefill(reply: Any, url: str) -> list[int]:
