@@ -145,7 +145,9 @@ class StudentArguments:
     def __post_init__(self):
         if self.kd_top_k is not None and self.kd_top_k < 1:
             raise ValueError(f"kd_top_k must be at least 1, got {self.kd_top_k}.")
-        source = self.teacher or self.kd_cache or self.teacher_backend or os.environ.get("TEACHER_BACKEND")
+        from trainers.teachers.env import read_env
+
+        source = self.teacher or self.kd_cache or self.teacher_backend or read_env().get("TEACHER_BACKEND")
         self._refuse("kd_top_k", source is None, "is about a teacher's distributions: add teacher")
         self._refuse(
             "kd_num_draws",

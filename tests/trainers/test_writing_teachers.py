@@ -202,8 +202,10 @@ def test_texts_are_kept_and_never_asked_for_twice(venice, tokenizer, tmp_path):
     assert len(venice.requests) == asked + 2
     assert again[:4] == first and again[6] == first[0]
     assert KEY not in file.read_text() and venice.url not in file.read_text()
+    other = writer_of(venice, tokenizer, max_tokens=5)
     with pytest.raises(ValueError, match="holds texts of.*name another file"):
-        collect_texts(writer_of(venice, tokenizer, max_tokens=5), prompts, file)
+        collect_texts(other, prompts, file)
+    other.close()
     writer.close()
 
 

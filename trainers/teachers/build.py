@@ -83,7 +83,7 @@ def build_teacher(
             raise ValueError(f"{name} must be a number, got {environment[name]!r}.") from None
 
     def flow(**more: Any) -> FlowConfig:
-        return FlowConfig(**({} if patience is None else {"patience": patience}), **more)
+        return FlowConfig(**more) if patience is None else FlowConfig(patience=patience, **more)
 
     teacher: Any
     if backend == "hf":

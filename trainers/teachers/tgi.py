@@ -173,7 +173,7 @@ class TGIWriter:
             status = getattr(response, "status_code", 0)
             said = self.key.redact(" ".join(str(error).split()))[:300]
             if status == 429:
-                wait, quota = told_wait(response.headers)
+                wait, quota = told_wait(getattr(response, "headers", {}))
                 raise RequestFailed(f"429 {said}", refused=True, quota=quota, wait=wait) from None
             if status in PASSING:
                 raise RequestFailed(f"{status} {said}") from None

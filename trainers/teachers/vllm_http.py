@@ -105,7 +105,7 @@ class VLLMServerTeacher:
         served = {entry["id"]: entry for entry in _list(reply, "data") if isinstance(entry, dict) and "id" in entry}
         if model is None and len(served) == 1:
             model = next(iter(served))
-        if model not in served:
+        if model is None or model not in served:
             wanted = "no model was named" if model is None else f"{model!r} is not among them"
             raise ValueError(
                 f"{self.server.url} serves {', '.join(map(repr, served)) or 'nothing'}, and {wanted}: pass "
