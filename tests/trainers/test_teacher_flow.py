@@ -315,3 +315,23 @@ def test_server_with_a_capacity_is_used_and_not_pestered():
         client.close()
     assert rate > 0.4 * 4 / 0.1  # the machine is busy with other tests
     assert share < 0.1
+
+
+@pytest.mark.parametrize("turns", range(1, 6))
+def test_close_takes_back_a_request_that_is_just_being_started(turns):
+    """A cancellation that meets a finished wait is swallowed; whoever closed then waited for the server to hang up."""
+    flow = Flow("server", FlowConfig(start=4))
+
+    async def hang():
+        await asyncio.sleep(5)
+
+    async def start_and_shut() -> float:
+        asyncio.ensure_future(flow._request(hang, 1.0))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        begun = time.monotonic()
+        await flow._shut()
+        return time.monotonic() - begun
+
+    assert asyncio.run_coroutine_threadsafe(start_and_shut(), flow._loop).result() < 2
+    flow.close()

@@ -314,10 +314,13 @@ class Flow:
         self._loop.close()
 
     async def _shut(self) -> None:
-        running = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        running = {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
+        # again and again: before Python 3.12 `wait_for` swallows a cancellation that arrives with its result, and the
+        # request goes on to its next step, which may hang
+        while running:
+            for task in running:
+                task.cancel()
+            _, running = await asyncio.wait(running, timeout=0.1)
         for close in self._at_close:
             await close()
 
