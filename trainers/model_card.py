@@ -43,6 +43,7 @@ METRICS = {
 EVALUATION = "evaluation/evaluation.json"
 EVALUATION_START = "<!-- evaluation: written by scripts/evaluate_model.py -->"
 EVALUATION_END = "<!-- end of evaluation -->"
+EVALUATED = "held-out-text"  # the Hub groups results by this type: apart from those of the training run
 REPO_ID_LINE = re.compile(r'^repo_id = ".*"$', re.MULTILINE)
 
 
@@ -206,7 +207,7 @@ def _evaluation_metadata(report: Mapping[str, Any], task: str) -> list[EvalResul
     return [
         EvalResult(
             task_type=task,
-            dataset_type="text",
+            dataset_type=EVALUATED,
             dataset_name=_evaluated_text(report),
             metric_type=result["type"],
             metric_name=result["name"],
@@ -261,14 +262,8 @@ def update_card(folder: str | Path) -> None:
     for line in ("Nothing else was measured for this card", "No figure was recorded with these weights"):
         text = re.sub(rf"^{line}.*\n", "", text, flags=re.MULTILINE)
     task = card.data.pipeline_tag or "text-generation"
-    mine = _evaluation_metadata(report, task)
-    kinds = {result.metric_type for result in mine}
-    kept = [
-        result
-        for result in card.data.eval_results or []
-        if result.metric_type not in kinds or result.dataset_name != mine[0].dataset_name
-    ]
-    card.data.eval_results = kept + mine or None
+    kept = [result for result in card.data.eval_results or [] if result.dataset_type != EVALUATED]
+    card.data.eval_results = kept + _evaluation_metadata(report, task) or None
     if card.data.eval_results and not card.data.model_name:
         card.data.model_name = Path(folder).resolve().name
     text = re.sub(r"\n{3,}", "\n\n", text).lstrip("\n")
