@@ -117,15 +117,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
         raise SystemExit(f"--device {device}: torch sees no GPU here")
     logging.set_verbosity_error()  # notes of `generate` between the lines of progress
     started = time.perf_counter()
+    default = Path(arguments.model) / "evaluation" if Path(arguments.model).is_dir() else None
+    output_dir = Path(arguments.output_dir) if arguments.output_dir else default or Path("results/evaluation")
     try:
         subjects, notes = _load(arguments, device)
         settings = _settings(arguments)
+        report = Evaluation(subjects, settings, output_dir / "parts", arguments.parts, _say, _bar).run()
     except (ValueError, OSError) as error:
         raise SystemExit(f"evaluate_model.py: error: {str(error).splitlines()[0]}") from error
-    default = Path(arguments.model) / "evaluation" if Path(arguments.model).is_dir() else None
-    output_dir = Path(arguments.output_dir) if arguments.output_dir else default or Path("results/evaluation")
-    evaluation = Evaluation(subjects, settings, output_dir / "parts", arguments.parts, _say, _bar)
-    report = evaluation.run()
     report["conditions"] |= {
         "command": f"python scripts/evaluate_model.py {shlex.join(argv[1:] if argv[0] == '--model' else argv)}",
         "data": arguments.eval_data or f"held-out part of {arguments.data}",
@@ -166,6 +165,7 @@ def _load(arguments: EvaluateArguments, device: str) -> tuple[Any, list[str]]:
 
     import modeling_latentforge  # noqa: F401  (registers our models with the Auto classes)
     from trainers.data import DataArguments, load_blocks
+    from trainers.evaluation.benchmark import context_length
     from trainers.evaluation.domains import domain_texts
     from trainers.evaluation.evaluation import Subjects
     from trainers.evaluation.patch_draws import is_student
@@ -206,6 +206,13 @@ def _load(arguments: EvaluateArguments, device: str) -> tuple[Any, list[str]]:
             f"patches of {', '.join(map(str, sorted(sizes | {patch_size})))} tokens cannot be scored at the same "
             "places: judge students of one patch size at a time"
         )
+    for name, model in models.items():
+        limit = context_length(model)
+        if limit and limit < arguments.block_size:
+            raise ValueError(
+                f"{name} reads at most {limit} tokens, a row holds {arguments.block_size}: lower --block_size, all "
+                "models are given the same text"
+            )
     judge = names[paths.index(arguments.teacher)] if arguments.teacher else None
     if judge in students:
         raise ValueError(f"{arguments.teacher} is a student: texts are judged by a token model")
@@ -228,7 +235,8 @@ def _load(arguments: EvaluateArguments, device: str) -> tuple[Any, list[str]]:
         _, blocks = load_blocks(text, tokenizer, patch_size, arguments.seed)
     domains = {}
     if codec is not None and "codec" in arguments.parts:
-        domains = domain_texts(dict(domain.split("=", 1) for domain in arguments.domain), seed=arguments.seed)
+        files = dict(domain.split("=", 1) for domain in arguments.domain)
+        domains = domain_texts(files, seed=arguments.seed, cache_dir=arguments.cache_dir)
     if arguments.data == "builtin:python" and arguments.eval_data is None:
         notes.append("The held-out text is a part of the Python standard library that the demo's models did not see.")
     return Subjects(models, codec, judge, tokenizer, rows, blocks, patch_size, domains), notes

@@ -190,7 +190,7 @@ def _evaluation_results(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     add("nats_per_token", "nats per token, exact", likelihood.get("nats_per_token"))
     add("bits_per_byte", "bits per byte, exact", likelihood.get("bits_per_byte"))
     brier = report.get("brier", {}).get(judged, {}).get("sampled")
-    if brier is not None:
+    if brier is not None:  # scored, not refused
         low, high = brier["brier_lm_interval"]
         name = f"BrierLM, {brier['positions']:,} positions, 95 % interval"
         add("brier_lm", name, brier["brier_lm"], f"{brier['brier_lm']:.2f} ({low:.2f} to {high:.2f})")

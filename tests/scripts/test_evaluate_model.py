@@ -59,7 +59,7 @@ def run(trained: Path, *argv: str) -> tuple[dict, str]:
     ]
     err = StringIO()
     with redirect_stdout(StringIO()), redirect_stderr(err):
-        path = main([*argv, *text, *TINY.split()])
+        path = main([argv[0], *text, *TINY.split(), *argv[1:]])
     return json.loads(path.read_text(encoding="utf-8")), err.getvalue()
 
 
@@ -217,6 +217,7 @@ def test_models_that_cannot_stand_beside_each_other_are_refused(trained: Path, t
     LlamaForCausalLM.from_pretrained(teacher).save_pretrained(tmp_path / "other")
     other.save_pretrained(tmp_path / "other")
     assert "another vocabulary" in refusal(student, "--baseline", str(tmp_path / "other"))
+    assert "teacher reads at most 128 tokens" in refusal(teacher, "--block_size", "256")
     assert "patches of 4, 8 tokens cannot be scored" in refusal(student, "--patch_size", "8")
     assert "judged by a token model" in refusal(teacher, "--teacher", student)
     assert "codecs are judged alone" in refusal(str(trained / "autoencoder"), "--teacher", teacher)

@@ -17,7 +17,12 @@ from ..data import DataArguments, load_texts
 BUILTIN = ("prose", "code", "numbers")
 
 
-def domain_texts(files: Mapping[str, str] | None = None, max_characters: int = 2**18, seed: int = 0) -> dict[str, str]:
+def domain_texts(
+    files: Mapping[str, str] | None = None,
+    max_characters: int = 2**18,
+    seed: int = 0,
+    cache_dir: str | None = None,
+) -> dict[str, str]:
     """A text of each kind.
 
     Without files: `code` is the held-out part of the standard library's source, `prose` the docstrings of that same
@@ -27,18 +32,19 @@ def domain_texts(files: Mapping[str, str] | None = None, max_characters: int = 2
         files: name -> text in any form of [`DataArguments`]; replaces or adds to the three.
         max_characters: of each.
         seed: of the numbers.
+        cache_dir: of the texts read.
     """
     texts: dict[str, str] = {}
     files = dict(files or {})
     if not {"prose", "code"} <= set(files):
-        _, held_out = load_texts(DataArguments(data="builtin:python"))
+        _, held_out = load_texts(DataArguments(data="builtin:python", cache_dir=cache_dir))
         pieces = list(held_out["text"])
         texts["prose"] = "\n\n".join(_docstrings(pieces))[:max_characters]
         texts["code"] = "".join(pieces)[:max_characters]
     texts["numbers"] = numbers_text(max_characters // 8, seed)
     for name, path in files.items():
         # a domain is judged, not trained on: all of its text counts, whatever share would be held out
-        train, held_out = load_texts(DataArguments(data=path))
+        train, held_out = load_texts(DataArguments(data=path, cache_dir=cache_dir))
         texts[name] = "".join([*train["text"], *held_out["text"]])[:max_characters]
     return texts
 

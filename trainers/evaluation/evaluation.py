@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -137,6 +138,10 @@ def _hash(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def _ids_hash(ids: Any) -> str:
     return hashlib.sha256(torch.as_tensor(ids).contiguous().numpy().tobytes()).hexdigest()[:16]
 
@@ -179,7 +184,8 @@ class Evaluation:
         return self._identities[key]
 
     def _part(self, name: str, settings: Mapping[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `measure` returns, or returned when it last ran with the same settings; with `seconds`."""
+        """What `measure` returns, or returned when it last ran with the same settings; with `seconds` and, as
+        that may have been elsewhere, `measured`."""
         self._done += 1
         text = {"rows": _ids_hash(self.subjects.rows), "patch_size": self.subjects.patch_size}
         device = next(iter(self.subjects.models.values()), self.subjects.codec).device
@@ -192,7 +198,11 @@ class Evaluation:
             return json.loads(path.read_text(encoding="utf-8"))
         self.say(f"{label} ...")
         start = time.perf_counter()
-        found = {**measure(), "seconds": round(time.perf_counter() - start, 1)}
+        found = {
+            **measure(),
+            "seconds": round(time.perf_counter() - start, 1),
+            "measured": {"date": _now(), "device": str(device), "threads": torch.get_num_threads()},
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"{path.name}.{os.getpid()}.part")
         draft.write_text(json.dumps(found) + "\n", encoding="utf-8")
@@ -229,7 +239,7 @@ class Evaluation:
         first = next(iter(subjects.models.values()), subjects.codec)
         conditions = {
             **environment(),
-            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "date": _now(),
             "threads": torch.get_num_threads(),
             "dtype": str(first.dtype).removeprefix("torch."),
             "device": str(first.device),
@@ -343,16 +353,20 @@ class Evaluation:
                 )
                 return {key: value.tolist() for key, value in sums.items()}
 
-            part = self._part(f"brier {name}", key, measure)
+            try:
+                part = self._part(f"brier {name}", key, measure)
+            except ValueError as error:  # layers that do not read the whole text
+                found[name] = {"refused": str(error)}
+                continue
             sums = {key: torch.tensor(part[key]) for key in ("sampled", "smooth", "counts")}
             kept[name] = sums
-            found[name] = {"seconds": part["seconds"]}
+            found[name] = {"seconds": part["seconds"], "measured": part["measured"]}
             for form in ("sampled", "smooth"):
                 found[name][form] = summarize_brier(sums[form], sums["counts"], settings.resamples, settings.seed)
-        names = list(kept)
-        for name in names[1:]:
-            for form in ("sampled", "smooth"):
-                pair = ({"sums": kept[x][form], "counts": kept[x]["counts"]} for x in (names[0], name))
+        judged = next(iter(subjects.models))
+        for name in kept if judged in kept else ():
+            for form in ("sampled", "smooth") if name != judged else ():
+                pair = ({"sums": kept[x][form], "counts": kept[x]["counts"]} for x in (judged, name))
                 found[name][form]["judged_less_this"] = brier_difference(*pair, settings.resamples, settings.seed)
         return found
 
@@ -406,11 +420,8 @@ class Evaluation:
                 own = {**key, "model": self._identity(model), "temperature": temperature, "seed": settings.seed}
                 point = self._part(f"generation {name} T={temperature:g}", own, measure)
                 points.append({"temperature": temperature, **point})
-        found["texts"], found["prompt_tokens"], found["new_tokens"] = (
-            len(prompts),
-            *map(int, (prompts.shape[1], settings.new_tokens)),
-        )
-        return found
+        sizes = {"texts": len(prompts), "prompt_tokens": prompts.shape[1], "new_tokens": references.shape[1]}
+        return {**found, **sizes}
 
     def _speed(self) -> dict[str, Any]:
         subjects, settings = self.subjects, self.settings
@@ -454,18 +465,14 @@ class _Rows:
         return {name: values[rows] for name, values in self.columns.items()}
 
 
-class _eval_mode:
-    """Within, the model is in eval mode."""
-
-    def __init__(self, model: Any):
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.was_training = self.model.training
-        self.model.eval()
-
-    def __exit__(self, *_: Any) -> None:
-        self.model.train(self.was_training)
+@contextmanager
+def _eval_mode(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 __all__ = ["PARTS", "Evaluation", "EvaluationSettings", "Subjects", "domain_texts"]

@@ -188,6 +188,11 @@ def _likelihood(report: Mapping[str, Any]) -> Section:
 
 def _brier(report: Mapping[str, Any]) -> Section:
     scores, size = report["brier"], report["conditions"]["patch_size"]
+    refused = {name: entry["refused"] for name, entry in scores.items() if "refused" in entry}
+    scores = {name: entry for name, entry in scores.items() if name not in refused}
+    reasons = [f"{name} is not scored: {reason}." for name, reason in refused.items()]
+    if not scores:
+        return Section("BrierLM", reasons)
     first = next(iter(scores.values()))["sampled"]
     asked = report["conditions"]["settings"]["positions"]
     items: list[Any] = [
@@ -196,8 +201,8 @@ def _brier(report: Mapping[str, Any]) -> Section:
         "of the same rows, with the same text before them, at temperature 1.",
         f"{first['positions']:,} positions in {first['rows']} rows"
         + (f" (asked were {asked:,}: the text has no more)" if first["positions"] < asked else "")
-        + "; intervals of 95 % from rows drawn again, after the first column. Difference: the judged model's BrierLM "
-        "less this model's, on the same rows.",
+        + ". In brackets intervals of 95 %, behind +- standard errors, both of rows drawn again with replacement. "
+        "Difference: the judged model's BrierLM less this model's, on the same rows.",
     ]
     for form, note in (
         ("sampled", "From two independent draws, as published; token models are scored by the same code."),
@@ -239,7 +244,7 @@ def _brier(report: Mapping[str, Any]) -> Section:
     panel.set(xlabel="first n tokens of the patch", ylabel="Brier-n x 100", title="low-variance estimator")
     _finish(panel)
     items.append(_plot(figure, "Brier-n against n, bars of 95 %"))
-    return Section("BrierLM", items)
+    return Section("BrierLM", [*items, *reasons])
 
 
 def _generation(report: Mapping[str, Any]) -> Section:
@@ -274,7 +279,7 @@ def _generation(report: Mapping[str, Any]) -> Section:
         "temperature; all tokens allowed, the end of text held back. Entropies in nats over the n-grams of all texts; "
         "a low NLL is only good beside the entropy of people's text.",
         "MAUVE compares features of the judge and is no figure of other reports; "
-        f'"{OTHER_PEOPLE}" is the most that can be had.'
+        f'"{OTHER_PEOPLE}" is the most that can be had. The judge\'s own texts are judged by itself.'
         if judged
         else "Without --teacher there is no judge: neither its NLL nor MAUVE.",
         ReportTable(("who", "temperature", *(columns[key] for key in keys)), rows),
@@ -290,7 +295,7 @@ def _generation(report: Mapping[str, Any]) -> Section:
         frontier.plot(people[PEOPLE]["entropy_2"], people[PEOPLE]["judge_nll"], "k*", markersize=12, label="people")
         frontier.set(xlabel="entropy of 2-grams (nats)", ylabel="judge's NLL (nats/token)", title="frontier")
         distance.axhline(people[OTHER_PEOPLE]["mauve"], color="k", linestyle=":", label="people")
-        distance.set(xlabel="temperature", ylabel="MAUVE", title="distance to people's text")
+        distance.set(xlabel="temperature", ylabel="MAUVE", title="nearness to people's text")
         for panel in (frontier, distance):
             _finish(panel)
         items.append(_plot(figure, "NLL under the judge against entropy, temperatures beside the points; MAUVE"))
@@ -330,7 +335,7 @@ def _codec(report: Mapping[str, Any]) -> Section:
         items += [
             "Cycle error |enc(dec(z)) - z|, root mean square per dimension: how far latents lie from those of text. "
             "An autoregressive decoder reads its student's latents itself, and nothing asks them to be the codec's.",
-            ReportTable(("latents of", "error", "over |z|", "patches"), rows),
+            ReportTable(("latents of", "error", "as a share of z", "patches"), rows),
         ]
     return Section("Codec", items)
 
