@@ -23,6 +23,7 @@ from .brier import mixture_terms, patch_outcomes, smooth_outcomes
 
 # logits alive at once, in elements: 2^24 fp32 values are 64 MB
 CHUNK_ELEMENTS = 2**24
+CHUNK_TOKENS = 2**14  # of the text; small vocabularies would make batches whose attention leaves the caches
 
 
 class PatchDraws(NamedTuple):
@@ -300,7 +301,7 @@ def brier_sums(
     num_rows, phases, length = plan_positions(*rows.shape, patch_size, positions)
     config = model.config.get_text_config()
     # logits of the text, and of the branches step by step, are held at once
-    step = max(1, CHUNK_ELEMENTS // (length * config.vocab_size))
+    step = max(1, min(CHUNK_ELEMENTS // config.vocab_size, CHUNK_TOKENS) // length)
     batches = [(start, phase) for start in range(0, num_rows, step) for phase in phases]
     sums = {name: torch.zeros(num_rows, patch_size, dtype=torch.float64) for name in ("sampled", "smooth")}
     counts = torch.zeros(num_rows, dtype=torch.long)
