@@ -218,7 +218,11 @@ def _load(arguments: EvaluateArguments, device: str) -> tuple[Any, list[str]]:
         raise ValueError(f"{arguments.teacher} is a student: texts are judged by a token model")
 
     notes = []
-    source = {"data": arguments.data, "eval_data": arguments.eval_data, "cache_dir": arguments.cache_dir}
+    source: dict[str, Any] = {
+        "data": arguments.data,
+        "eval_data": arguments.eval_data,
+        "cache_dir": arguments.cache_dir,
+    }
     text = DataArguments(**source, block_size=arguments.block_size, max_train_tokens=arguments.block_size)
     _, held_out = load_blocks(text, tokenizer, 1, arguments.seed)  # no phases: rows without padding
     rows = torch.from_numpy(held_out["input_ids"][:]).long()

@@ -288,7 +288,12 @@ class Evaluation:
 
         if codec is not None:
             texts = {name: _hash(text) for name, text in subjects.domains.items()}
-            key = {"codec": self._identity(codec), "tokens": tokens, "domains": texts, "seed": settings.seed}
+            key: dict[str, Any] = {
+                "codec": self._identity(codec),
+                "tokens": tokens,
+                "domains": texts,
+                "seed": settings.seed,
+            }
             key["blocks"] = _ids_hash(subjects.blocks[:]["input_ids"])
             with _eval_mode(codec):
                 found = self._part("codec", key, torch.no_grad()(measure))
@@ -335,9 +340,14 @@ class Evaluation:
 
     def _brier(self) -> dict[str, Any]:
         subjects, settings = self.subjects, self.settings
-        kept, found = {}, {}
+        kept: dict[str, dict[str, torch.Tensor]] = {}
+        found: dict[str, Any] = {}
         for name, model in subjects.models.items():
-            key = {"model": self._identity(model), "positions": settings.positions, "seed": settings.seed}
+            key: dict[str, Any] = {
+                "model": self._identity(model),
+                "positions": settings.positions,
+                "seed": settings.seed,
+            }
             if is_student(model):
                 key["noise_samples"] = settings.noise_samples
 
@@ -380,7 +390,11 @@ class Evaluation:
             settings.new_tokens,
             subjects.tokenizer.eos_token_id,
         )
-        key = {"prompts": _ids_hash(prompts), "references": _ids_hash(references), "shown": settings.shown}
+        key: dict[str, Any] = {
+            "prompts": _ids_hash(prompts),
+            "references": _ids_hash(references),
+            "shown": settings.shown,
+        }
         key["judge"] = None if judge is None else self._identity(judge)
 
         def decode(ids: torch.Tensor) -> list[str]:
@@ -441,7 +455,7 @@ class Evaluation:
             )
             return {"rows": [{"device": str(device), **row} for group in groups for row in group]}
 
-        key = {name: self._identity(model) for name, model in subjects.models.items()}
+        key: dict[str, Any] = {name: self._identity(model) for name, model in subjects.models.items()}
         key |= {"tokens": settings.speed_tokens, "batches": settings.speed_batches, "repeats": settings.repeats}
         return self._part("speed", {**key, "baseline": subjects.judge}, measure)
 

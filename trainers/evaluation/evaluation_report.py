@@ -168,7 +168,8 @@ def _conditions(report: Mapping[str, Any]) -> Section:
 
 
 def _likelihood(report: Mapping[str, Any]) -> Section:
-    rows, refusals = [], []
+    rows: list[Sequence[str]] = []
+    refusals: list[str] = []
     for name, entry in report["likelihood"].items():
         if "refused" in entry:
             refusals.append(f"{name} has no exact likelihood: {entry['refused']}.")
@@ -213,7 +214,7 @@ def _brier(report: Mapping[str, Any]) -> Section:
         ),
     ):
         shown = [n for n in (1, 2, 3, 4) if n <= size] + ([size] if size > 4 else [])
-        rows = []
+        rows: list[Sequence[str]] = []
         for name, entry in scores.items():
             found = entry[form]
             low, high = found["brier_lm_interval"]
@@ -266,7 +267,7 @@ def _generation(report: Mapping[str, Any]) -> Section:
     def cells(entry: Mapping[str, Any]) -> list[str]:
         return [_number(entry[key]) if key in entry else "" for key in keys]
 
-    rows = [(f"people: {name}", "", *cells(people[name])) for name in (PEOPLE, OTHER_PEOPLE)]
+    rows: list[Sequence[str]] = [(f"people: {name}", "", *cells(people[name])) for name in (PEOPLE, OTHER_PEOPLE)]
     for name, points in found["models"].items():
         for point in points:
             temperature = f"{point['temperature']:g}"

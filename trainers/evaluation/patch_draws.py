@@ -107,7 +107,8 @@ def _branch(
         step: (ids `(B, M, S)` that were drawn, their place in the patch) -> distributions `(B, M, S, V)`.
     """
     probabilities = first[:, :, None].expand(-1, -1, num_draws, -1)
-    drawn, collision = [], []
+    drawn: list[torch.Tensor] = []
+    collision: list[torch.Tensor] = []
     of_prefix = torch.ones(probabilities.shape[:3], dtype=torch.float64, device=first.device)
     for place in range(targets.shape[-1]):
         if place:
@@ -233,7 +234,9 @@ def _draw_parallel(model: Any, input_ids: torch.Tensor, num_draws: int, noise_sa
     has_noise = bool(model.head.noise_size)
     needed = max(noise_samples, num_draws) if has_noise else 1
     step = max(1, CHUNK_ELEMENTS // (needed * patch_size * model.config.vocab_size))
-    drawn, target, collision = [], [], []
+    drawn: list[torch.Tensor] = []
+    target: list[torch.Tensor] = []
+    collision: list[torch.Tensor] = []
     for condition, truth in zip(conditions.split(step), targets.split(step), strict=True):
         latents = model.sample_latents(condition.expand(needed, -1, -1), sample_noise=has_noise)  # (S', P, D)
         vectors = model._decode_parallel(latents).unflatten(1, (-1, patch_size))
