@@ -35,7 +35,7 @@ def patch_outcomes(first: torch.Tensor, second: torch.Tensor, targets: torch.Ten
         targets: `(..., K)`, what the text says.
 
     Returns:
-        `(..., K)`, each -1, 0 or 1 (or 2 matches less none: never more than 1).
+        `(..., K)`, each -1, 0 or 1.
     """
     if not first.shape == second.shape == targets.shape:
         raise ValueError(
@@ -174,6 +174,7 @@ def draw_patches(
     model: LatentForgeForCausalLM, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> torch.LongTensor:
     """One draw of every patch but the first, given the true text before it: `(B, T) -> (B, N - 1, K)`, T = N * K.
+    For rows with padding; `patch_draws.draw_after_text` draws from every kind of model, without.
 
     A head that reads noise draws a latent, which is decoded to its likeliest tokens (CALM); without noise the tokens
     are drawn from the decoder's K softmaxes.
