@@ -251,7 +251,7 @@ def _say(line: str) -> None:
 
 
 def _bar(items: Iterable[Any], name: str) -> Iterable[Any]:
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
     return tqdm(items, desc=name, leave=False, mininterval=1.0)
 

@@ -313,7 +313,8 @@ class Evaluation:
         return found
 
     def _scored_rows(self) -> int:
-        return plan_positions(*self.subjects.rows.shape, self.subjects.patch_size, self.settings.positions)[0]
+        rows = self.subjects.rows
+        return plan_positions(rows.shape[0], rows.shape[1], self.subjects.patch_size, self.settings.positions)[0]
 
     def _likelihood(self) -> dict[str, Any]:
         subjects, settings = self.subjects, self.settings
@@ -329,13 +330,12 @@ class Evaluation:
                 found[name] = {"refused": reason}
                 continue
             key = {"model": self._identity(model), "rows": count, "tokens": settings.likelihood_tokens}
-            found[name] = self._part(
-                f"likelihood {name}",
-                key,
-                lambda model=model: exact_likelihood(
-                    model, blocks, subjects.tokenizer, batch, settings.likelihood_tokens
-                ),
-            )
+
+            def measure(model: Any = model) -> dict[str, Any]:
+                limit = settings.likelihood_tokens
+                return exact_likelihood(model, blocks, subjects.tokenizer, batch, limit)
+
+            found[name] = self._part(f"likelihood {name}", key, measure)
         return found
 
     def _brier(self) -> dict[str, Any]:
@@ -376,8 +376,9 @@ class Evaluation:
         judged = next(iter(subjects.models))
         for name in kept if judged in kept else ():
             for form in ("sampled", "smooth") if name != judged else ():
-                pair = ({"sums": kept[x][form], "counts": kept[x]["counts"]} for x in (judged, name))
-                found[name][form]["judged_less_this"] = brier_difference(*pair, settings.resamples, settings.seed)
+                ours, theirs = ({"sums": kept[x][form], "counts": kept[x]["counts"]} for x in (judged, name))
+                difference = brier_difference(ours, theirs, settings.resamples, settings.seed)
+                found[name][form]["judged_less_this"] = difference
         return found
 
     def _generation(self) -> dict[str, Any]:

@@ -98,6 +98,6 @@ def mauve(features: torch.Tensor, reference: torch.Tensor, seeds: int = 5) -> di
         for part in (assigned[: len(features)], assigned[len(features) :]):
             counts = part.bincount(minlength=clusters).double() + 0.5
             shares.append(counts / counts.sum())
-        values.append(divergence_area(*shares))
+        values.append(divergence_area(shares[0], shares[1]))
     found = torch.tensor(values, dtype=torch.float64)
     return {"mauve": float(found.mean()), "mauve_deviation": float(found.std())}

@@ -301,7 +301,7 @@ def brier_sums(
     Returns:
         `sampled` and `smooth`, `(R', K)`: from two draws, as published, and from known probabilities; `counts (R',)`.
     """
-    num_rows, phases, length = plan_positions(*rows.shape, patch_size, positions)
+    num_rows, phases, length = plan_positions(rows.shape[0], rows.shape[1], patch_size, positions)
     config = model.config.get_text_config()
     # logits of the text, and of the branches step by step, are held at once
     step = max(1, min(CHUNK_ELEMENTS // config.vocab_size, CHUNK_TOKENS) // length)

@@ -111,7 +111,9 @@ def brier_spearman(context: Context) -> Measured:
         if not kept.exists():
             model = AutoModelForCausalLM.from_pretrained(folder).eval()
             sums = brier_sums(model, rows, patch_size=4, positions=100_000)
-            scores = {form: summarize_brier(sums[form], sums["counts"]) for form in ("sampled", "smooth")}
+            scores: dict[str, Any] = {
+                form: summarize_brier(sums[form], sums["counts"]) for form in ("sampled", "smooth")
+            }
             scored = held_out.select(range(len(sums["counts"])))
             scores["nll"] = exact_likelihood(model, scored, batch_size=8)["nats_per_token"]
             kept.write_text(json.dumps(scores))
