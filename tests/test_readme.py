@@ -24,6 +24,9 @@ COVERED = {
     "make demo DATA= K= TEACHER=": "tests/scripts/test_demo.py::test_a_model_of_one_s_own_brings_its_tokenizer",
     ".venv/bin/python scripts/infer.py": "tests/scripts/test_demo.py::test_the_readme_s_commands_and_python_run",
     ".venv/bin/python scripts/bench.py": "tests/scripts/test_demo.py::test_the_readme_s_commands_and_python_run",
+    ".venv/bin/python scripts/evaluate_model.py": (
+        "tests/scripts/test_demo.py::test_the_readme_s_commands_and_python_run"
+    ),
     ".venv/bin/python scripts/train_student.py": "tests/test_readme.py::test_help_of_the_script_in_the_readme",
     ".venv/bin/python scripts/build_kd_cache.py": (
         "tests/scripts/test_build_kd_cache.py::test_the_readmes_command_labels_a_data_set"

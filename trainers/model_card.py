@@ -1,10 +1,12 @@
 """Model cards: the templates of `model_cards/`, filled with what a run measured.
 
     trainer, or the folder of a finished run -> CardFacts -> fill_card -> README.md
+    evaluation/evaluation.json, of scripts/evaluate_model.py -> update_card -> README.md
 
 A card states what was recorded and nothing else: no figure is a blank, not a guess.
 """
 
+import hashlib
 import json
 import math
 import platform
@@ -37,6 +39,11 @@ METRICS = {
         "kd": "T^2 times the KL divergence from the teacher at temperature T, nats per token",
     },
 }
+# what scripts/evaluate_model.py leaves in a model's folder, and where its figures stand in the card
+EVALUATION = "evaluation/evaluation.json"
+EVALUATION_START = "<!-- evaluation: written by scripts/evaluate_model.py -->"
+EVALUATION_END = "<!-- end of evaluation -->"
+EVALUATED = "held-out-text"  # the Hub groups results by this type: apart from those of the training run
 REPO_ID_LINE = re.compile(r'^repo_id = ".*"$', re.MULTILINE)
 
 
@@ -49,6 +56,7 @@ class CardFacts:
         num_parameters: of everything in the checkpoint, the codec inside a student included.
         has_tokenizer: the tokenizer lies beside the weights.
         metrics: of the last evaluation, without prefix; only `METRICS` are shown.
+        evaluation: what `scripts/evaluate_model.py` wrote about these weights, see [`read_evaluation`].
         data, datasets: the training text in words, and its Hub ids.
         held_out: the text of the metrics, in words; default, a held-out part of `data`.
         teacher, base: whose distributions and whose layers a student learned from, as Hub ids or names.
@@ -60,6 +68,7 @@ class CardFacts:
     num_parameters: int | None = None
     has_tokenizer: bool = True
     metrics: Mapping[str, float] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
     data: str | None = None
     datasets: list[str] = field(default_factory=list)
     held_out: str | None = None
@@ -114,6 +123,7 @@ def fill_card(config: Any, facts: CardFacts) -> ModelCard:
             for result in results
             if math.isfinite(result["value"])  # YAML's .nan is refused by the Hub; the table still shows it
         ]
+        + _evaluation_metadata(facts.evaluation, TASKS[kind])
         or None,
     )
     # ModelCard.from_template knows no second file, and what both cards share stands in one
@@ -126,7 +136,12 @@ def fill_card(config: Any, facts: CardFacts) -> ModelCard:
     )
     environment.filters["thousands"] = "{:,}".format
     text = environment.get_template(f"{kind}.md.j2").render(
-        metadata=data.to_yaml(), config=config, facts=facts, results=results, held_out=held_out
+        metadata=data.to_yaml(),
+        config=config,
+        facts=facts,
+        results=results,
+        held_out=held_out,
+        evaluation=_evaluation_text(facts.evaluation),
     )
     return ModelCard(re.sub(r"\n{3,}", "\n\n", text))
 
@@ -139,6 +154,120 @@ def _results(metrics: Mapping[str, float], names: Mapping[str, str]) -> list[dic
             noise = f", noise of standard deviation {sigma} on the latent" if sigma else ""
             results.append({"type": metric, "name": names[name] + noise, "value": round(float(value), 6)})
     return results
+
+
+# -- the evaluation
+
+
+def weights_hash(folder: str | Path) -> str:
+    """Hash of the weights in a folder, `""` where there are none."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as weights:
+            while chunk := weights.read(2**22):
+                digest.update(chunk)
+    return digest.hexdigest()[:16] if files else ""
+
+
+def read_evaluation(folder: str | Path) -> dict[str, Any]:
+    """The evaluation beside a model's weights; empty where there is none, or one of other weights."""
+    report = _read_json(Path(folder) / EVALUATION)
+    kept = report.get("conditions", {}).get("weights")
+    return report if kept and kept == weights_hash(folder) else {}
+
+
+def _evaluation_results(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Figures of the judged model: `type`, `name`, `value` and `text`, the value as a person reads it."""
+    results = []
+
+    def add(metric: str, name: str, value: float | None, text: str = "") -> None:
+        if value is not None:
+            results.append({"type": metric, "name": name, "value": value, "text": text or f"{value:.4g}"})
+
+    judged = next(iter(report.get("conditions", {}).get("parameters", {})), None)
+    likelihood = report.get("likelihood", {}).get(judged, {})
+    add("nats_per_token", "nats per token, exact", likelihood.get("nats_per_token"))
+    add("bits_per_byte", "bits per byte, exact", likelihood.get("bits_per_byte"))
+    brier = report.get("brier", {}).get(judged, {}).get("sampled")
+    if brier is not None:  # scored, not refused
+        low, high = brier["brier_lm_interval"]
+        name = f"BrierLM, {brier['positions']:,} positions, 95 % interval"
+        add("brier_lm", name, brier["brier_lm"], f"{brier['brier_lm']:.2f} ({low:.2f} to {high:.2f})")
+    for entry in report.get("codec", {}).get("curve", []):
+        if entry["sigma"] in (0.0, 0.3):
+            noise = f", noise of standard deviation {entry['sigma']:g} on the latent" if entry["sigma"] else ""
+            suffix = f"_noise{entry['sigma']:g}" if entry["sigma"] else ""
+            for unit, words in (("token", "tokens"), ("patch", "whole patches")):
+                add(f"{unit}_accuracy{suffix}", f"share of {words} given back{noise}", entry[f"{unit}_accuracy"])
+    return results
+
+
+def _evaluation_metadata(report: Mapping[str, Any], task: str) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=EVALUATED,
+            dataset_name=_evaluated_text(report),
+            metric_type=result["type"],
+            metric_name=result["name"],
+            metric_value=round(float(result["value"]), 6),
+        )
+        for result in _evaluation_results(report)
+    ]
+
+
+def _evaluated_text(report: Mapping[str, Any]) -> str:
+    # a card is read elsewhere: of a path, its last part
+    return " ".join(Path(word).name or word for word in str(report["conditions"].get("data", "held-out text")).split())
+
+
+def _evaluation_text(report: Mapping[str, Any]) -> str:
+    results = _evaluation_results(report) if report else []
+    if not results:
+        return ""
+    conditions = report["conditions"]
+    lines = [
+        f"By `scripts/evaluate_model.py`, on {_evaluated_text(report)}, {conditions['dtype']}, commit "
+        f"{str(conditions['commit'])[:12]}:",
+        "",
+        "| metric | value |",
+        "|---|---:|",
+        *(f"| {result['name']} | {result['text']} |" for result in results),
+    ]
+    return "\n".join(lines)
+
+
+def update_card(folder: str | Path) -> None:
+    """Put the figures of `evaluation/evaluation.json` into the card beside it, in place of those of an earlier one.
+
+    Raises:
+        ValueError: there is no evaluation of these weights.
+    """
+    report = read_evaluation(folder)
+    if not report:
+        raise ValueError(f"{folder} holds no evaluation of its weights: run scripts/evaluate_model.py on it")
+    path = Path(folder) / "README.md"
+    card = ModelCard.load(path)
+    block = f"{EVALUATION_START}\n{_evaluation_text(report)}\n{EVALUATION_END}"
+    text = card.text
+    if EVALUATION_START in text and EVALUATION_END in text:
+        before, _, rest = text.partition(EVALUATION_START)
+        text = before + block + rest.partition(EVALUATION_END)[2]
+    else:  # a card of an earlier version, or by hand
+        title = "\n## Training data" if "\n## Training data" in text else None
+        before, _, rest = text.partition(title) if title else (text, "", "")
+        text = f"{before.rstrip()}\n\n{block}\n{title or ''}{rest}"
+    # what the card said when no more was known
+    for line in ("Nothing else was measured for this card", "No figure was recorded with these weights"):
+        text = re.sub(rf"^{line}.*\n", "", text, flags=re.MULTILINE)
+    task = card.data.pipeline_tag or "text-generation"
+    kept = [result for result in card.data.eval_results or [] if result.dataset_type != EVALUATED]
+    card.data.eval_results = kept + _evaluation_metadata(report, task) or None
+    if card.data.eval_results and not card.data.model_name:
+        card.data.model_name = Path(folder).resolve().name
+    text = re.sub(r"\n{3,}", "\n\n", text).lstrip("\n")
+    path.write_text(f"---\n{card.data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
 
 def address_card(card: ModelCard, repo_id: str, license: str | None = None) -> ModelCard:
@@ -163,6 +292,7 @@ def card_of_folder(
         num_parameters,
         has_tokenizer=(folder / "tokenizer_config.json").exists(),
         metrics=_without_prefix(metrics),
+        evaluation=read_evaluation(folder),
         training={"steps": state["global_step"]} if "global_step" in state else {},
         # whether a teacher's weights or words are in it, the folder does not say
         license=license or ("unknown" if config.model_type == "latentforge" else LICENSE),
@@ -212,6 +342,7 @@ def facts_of_trainer(trainer: Any, repo_id: str, **given: Any) -> CardFacts:
         trainer.model.num_parameters(),
         has_tokenizer=trainer.processing_class is not None,
         metrics=_without_prefix(last_evaluation(state.log_history)),
+        evaluation=read_evaluation(args.output_dir),
         training=training,
         **given,
     )

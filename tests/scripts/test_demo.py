@@ -17,7 +17,7 @@ import pytest
 import yaml
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from scripts import bench, demo, infer
+from scripts import bench, demo, evaluate_model, infer
 from scripts.demo import DemoArguments, Stage, StageError, data_identity, plan, run_demo
 
 
@@ -253,6 +253,13 @@ def test_the_readme_s_commands_and_python_run_on_the_demo_s_folders(
     flags = f"{quick} --prompts_file {ROOT / 'prompts.txt'} --output_dir {tmp_path}"
     kept = bench.main(shlex.split(f"{command.replace('runs/demo', finished[0].output_dir)} {flags}"))
     assert "| student_parallel |" in capsys.readouterr().out and json.loads(kept.read_text())["finished"]
+
+    (command,) = re.findall(r"^\.venv/bin/python scripts/evaluate_model\.py (.*)$", readme, re.MULTILINE)
+    few = "--parts codec likelihood brier generation --block_size 64 --positions 60 --num_texts 4 --new_tokens 8"
+    flags = f"{few} --data {corpus} --domain prose={corpus} code={corpus} --cache_dir {tmp_path} --device cpu"
+    flags += f" --output_dir {tmp_path / 'evaluation'}"  # the folders are shared
+    judged = evaluate_model.main(shlex.split(f"{command.replace('runs/demo', finished[0].output_dir)} {flags}"))
+    assert list(json.loads(judged.read_text())["brier"]) == ["student", "teacher", "student_parallel"]
 
 
 @pytest.mark.slow

@@ -79,6 +79,43 @@ def held_out_likelihood(
     return result
 
 
+def why_no_likelihood(model: Any) -> str | None:
+    """Why a causal LM has no exact likelihood, and what to ask instead; None where it has one."""
+    if not hasattr(model, "sample_latents"):
+        return None  # a token model
+    instead = "ask for BrierLM, which needs samples only (trainers/evaluation/patch_draws.py)"
+    if model.head.noise_size:
+        return (
+            "its energy head draws latents from noise, so P(text) is an integral over that noise which nobody can "
+            f"compute (logits at the centre of the noise belong to another distribution): {instead}"
+        )
+    if model.config.decoder_type == "parallel":
+        return (
+            f"its decoder emits the {model.config.patch_size} tokens of a patch at once, independent of each other: "
+            "what its logits give is the likelihood of that product on one patch grid, which no token of the patch "
+            f"conditions, and cannot stand beside a causal model's: {instead}"
+        )
+    return None
+
+
+def exact_likelihood(
+    model: Any,
+    blocks: Any,
+    tokenizer: Any = None,
+    batch_size: int = 4,
+    max_tokens: int | None = None,
+) -> dict[str, float]:
+    """[`held_out_likelihood`] of a model that has one.
+
+    Raises:
+        ValueError: a student with an energy head or a parallel decoder; the message says why and what to ask instead.
+    """
+    reason = why_no_likelihood(model)
+    if reason is not None:
+        raise ValueError(f"this model has no exact likelihood: {reason}")
+    return held_out_likelihood(model, blocks, tokenizer, batch_size, max_tokens)
+
+
 def _decode(tokenizer: Any, ids: torch.Tensor) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 

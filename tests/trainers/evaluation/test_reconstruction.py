@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from tests.conftest import PAD, text_batch, text_ids, tiny_autoencoder
+from tests.conftest import HEAD_DECODER, PAD, text_batch, text_ids, tiny_autoencoder, tiny_student
 from trainers.evaluation import count_reconstructed, reconstruction_accuracy
 from trainers.evaluation import reconstruction as module
+from trainers.evaluation.reconstruction import active_dimensions, cycle_error, student_latents
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +83,36 @@ def test_empty_data_is_refused(trained):
     """A NaN accuracy compares as false with every target."""
     with pytest.raises(ValueError, match="No token to reconstruct"):
         reconstruction_accuracy(trained[0], [])
+
+
+def test_a_dimension_that_never_moves_is_not_active(trained):
+    """Collapsed dimensions are paid for by the student, who must predict them."""
+    model, ids = trained
+    assert active_dimensions(model, ids)["active"] == active_dimensions(model, ids)["dimensions"] == 16
+    layer = model.encoder.to_posterior
+    weight, bias = layer.weight.data.clone(), layer.bias.data.clone()
+    layer.weight.data[:3], layer.bias.data[:3] = 0, 1
+    assert active_dimensions(model, ids)["active"] == 13
+    layer.weight.data, layer.bias.data = weight, bias
+
+
+def test_latents_of_text_come_back_and_others_do_not(trained):
+    """A student whose latents lie off the codec's writes patches that no text has; no other figure says so."""
+    model, ids = trained
+    means = model.encode(ids).mean.flatten(0, 1).detach()
+    right = (model.decode(means).argmax(-1) == ids.view(-1, 4)).all(1)
+    assert right.any() and cycle_error(model, means[right])["error"] < 1e-5
+    assert cycle_error(model, 3 * torch.randn(20, 16))["relative"] > 0.2
+
+
+@pytest.mark.parametrize(("head", "decoder"), HEAD_DECODER)
+def test_a_student_s_latents_are_given_the_text_before_their_patch(head, decoder):
+    """A latent that has seen its own patch is the codec's, and says nothing about the student."""
+    student, ids = tiny_student(head, decoder), text_batch(2, 16)
+    changed = ids.clone()
+    changed[:, 8:] = 0
+    torch.manual_seed(1)
+    latents = student_latents(student, ids).view(2, 3, -1)
+    torch.manual_seed(1)
+    others = student_latents(student, changed).view(2, 3, -1)
+    assert torch.equal(latents[:, :2], others[:, :2]) and not torch.equal(latents[:, 2], others[:, 2])
