@@ -274,6 +274,7 @@ def plan_positions(num_rows: int, block_size: int, patch_size: int, positions: i
         return -(-positions // per_row), [0], length
     per_row -= 1
     count = min(patch_size, -(-positions // max(1, num_rows * per_row)))
+    num_rows = min(num_rows, -(-positions // (per_row * count)))
     return num_rows, [phase * patch_size // count for phase in range(count)], length - patch_size
 
 
