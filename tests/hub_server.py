@@ -159,18 +159,13 @@ class HubServer:
         files = {name: path for name, path in self._files(repo, commit).items() if name.startswith(under or "")}
         if under and not files:
             raise Refusal(404, "Entry not found", "EntryNotFound", commit)
-        return 200, [_entry(name, path) for name, path in files.items()], {}
+        return 200, [*_folders(files, under), *(_entry(name, path) for name, path in files.items())], {}
 
     def paths_info(self, token: str, body: bytes, repo: str, revision: str) -> Reply:
         files = self._files(repo, self._commit_of(self._repo(repo, token), revision))
         asked = json.loads(body)["paths"]
-        folders = {parent.as_posix() for name in files for parent in Path(name).parents}
-        found = [_entry(name, files[name]) for name in asked if name in files]
-        return (
-            200,
-            found + [{"type": "directory", "path": name, "oid": "0" * 40} for name in asked if name in folders],
-            {},
-        )
+        folders = [folder for folder in _folders(files) if folder["path"] in asked]
+        return 200, folders + [_entry(name, files[name]) for name in asked if name in files], {}
 
     # -- upload
 
@@ -280,6 +275,11 @@ def _oid(name: str, content: bytes) -> str:
 
 def _entry(name: str, path: Path) -> dict[str, Any]:
     return {"type": "file", "path": name, "size": path.stat().st_size, "oid": _oid(name, path.read_bytes())}
+
+
+def _folders(files: dict[str, Path], under: str | None = None) -> list[dict[str, Any]]:
+    names = sorted({parent.as_posix() for name in files for parent in Path(name).parents} - {".", under})
+    return [{"type": "directory", "path": name, "oid": "0" * 40} for name in names]
 
 
 ROUTES: list[tuple[tuple[str, ...], str, Callable[..., Reply]]] = [

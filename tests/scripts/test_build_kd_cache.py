@@ -156,4 +156,5 @@ print("columns", sorted(row), len(row["top_ids"]) == 12 * len(row["tail"]))
     assert f"rows {len(shards)} 5" in done.stdout
     assert "columns ['checksum', 'entropy', 'key', 'tail', 'token_ids', 'top_ids', 'top_logprobs'] True" in done.stdout
     store = SQLiteStore(copied)
-    assert len(store) == len(shards) and store.teachers() == shards.teachers()
+    unique = {key for key, _ in shards.stream()}  # two shards may hold the same text
+    assert len(store) == len(unique) > 100 and store.teachers() == shards.teachers()

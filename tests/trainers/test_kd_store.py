@@ -150,6 +150,16 @@ def test_rows_come_back_as_they_went(kwargs):
     assert same(decode_row(encode_row(row)), row)
 
 
+def test_bytes_of_a_row_are_these_and_stay_these():
+    """What was labelled last year must be read next year, or the format must say that it is another."""
+    logprobs = np.log([[0.5, 0.25], [0.9, 0.05]])
+    row = StoredRow.of(np.array([70000, 5, 151935]), np.array([[1, 2], [300, 151935]]), logprobs)
+    data = bytes.fromhex(
+        "0100030303000000020000008cbe004028b52ffd201de9000070057f110051010002012c027f0001005100000002b9ae04138cfebdc1"
+    )
+    assert same(decode_row(data), row) and same(decode_row(encode_row(row)), row)
+
+
 def test_absent_entries_stay_absent():
     """Servers give fewer entries than asked for; an id that nobody named must not become likely."""
     logprobs = np.array([[-0.5, -1e9, np.nan], [-0.1, -2.5, -np.inf]])

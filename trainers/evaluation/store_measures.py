@@ -274,6 +274,8 @@ def warm_store_slowdown(
     data = DataArguments(block_size=block_size, max_train_tokens=steps * rows * block_size, max_eval_tokens=block_size)
     blocks, _ = load_blocks(data, tokenizer, patch_size, 0)
     path = folder / "warm.sqlite"
+    for file in folder.glob("warm.sqlite*"):  # of an earlier code
+        file.unlink()
     store = SQLiteStore(path)
     label(blocks, TeacherPool([teacher]), store, Shape(20))
     store.close()
