@@ -134,7 +134,7 @@ class TGIWriter:
             )
         top_ids, top_logprobs = [], []
         for row in tops:
-            entries = sorted(((float(token.logprob), token.id) for token in row), reverse=True)[: self.k]
+            entries = sorted((_entry(token) for token in row), reverse=True)[: self.k]
             if len(entries) < self.k or any(not value <= 1e-3 for value, _ in entries):
                 raise BadReply(f"{self.url}: a row of top_tokens holds {entries[:3]}..., asked for {self.k} entries.")
             top_ids.append([i for _, i in entries])
@@ -192,6 +192,12 @@ class TGIWriter:
     def close(self) -> None:
         """Close the connections."""
         self.flow.close()
+
+
+def _entry(token: Any) -> tuple[float, int]:
+    # the Hub's client leaves rows of rows as they came
+    value, i = (token["logprob"], token["id"]) if isinstance(token, dict) else (token.logprob, token.id)
+    return float("nan") if value is None else float(value), int(i)
 
 
 def _prefill(reply: Any, url: str) -> list[int]:
