@@ -25,11 +25,11 @@ from .likelihood import exact_likelihood
 from .patch_draws import brier_sums
 
 
-def brier_closed_form(context: Context) -> Measured:
+def brier_closed_form(context: Context, num_rows: int = 512, length: int = 256) -> Measured:
     """Chains of order 1 as token models, through the code that scores every model."""
     found: dict[str, Any] = {}
     for name, (text, chain) in known_models().items():
-        rows = draw_chain(text, rows=512, length=256)
+        rows = draw_chain(text, num_rows, length)
         sums = brier_sums(chain_token_lm(chain), rows, patch_size=4, positions=32_000)
         truth = chain_brier(text, chain, 4)
         entry = found[name] = {"brier": truth.tolist(), "brier_lm": float(brier_lm(truth))}
@@ -72,14 +72,14 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-def brier_spearman(context: Context) -> Measured:
+def brier_spearman(context: Context, max_train_tokens: int = 2**22, max_eval_tokens: int = 2**19) -> Measured:
     """One training of a token LM; its checkpoints are scored by sampling and by likelihood on the same rows."""
     set_seed(0)
     texts, _ = load_texts(DataArguments())
     if not (context.work_dir / "tokenizer").exists():
         train_tokenizer(texts, 1024, max_characters=2**22).save_pretrained(context.work_dir / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(context.work_dir / "tokenizer")
-    data = DataArguments(block_size=256, max_train_tokens=2**22, max_eval_tokens=2**19)
+    data = DataArguments(block_size=256, max_train_tokens=max_train_tokens, max_eval_tokens=max_eval_tokens)
     train, held_out = load_blocks(data, tokenizer, 1, seed=0)
     folders = {step: context.work_dir / f"step-{step}" for step in CHECKPOINTS}
     if not all(folder.exists() for folder in folders.values()):

@@ -4,7 +4,7 @@ The speed rows compare random weights: the time of a step does not depend on wha
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data import DataArguments, load_blocks
 from ..verification import ROOT, Context, Measured, Row
-from .benchmark import SEED_BACKBONE, cache_growth, random_prompts, seed_backbone, seed_models, seed_student
+from .benchmark import cache_growth, random_prompts, seed_backbone, seed_models, seed_student
 from .latent_sampling import sampling_speed, variation_table
 from .likelihood import held_out_likelihood
 from .rows_main import run_or_tell
 from .speed import decode_speed, drafting_speed, generation_speed, loop_overhead
 
 
-VOCAB_SIZE = SEED_BACKBONE["vocab_size"]
+def _prompts(models: Mapping[str, Any], batch: int, length: int) -> torch.Tensor:
+    """Random ids `(batch, length)` of the vocabulary that all models share."""
+    return random_prompts(next(iter(models.values())).config.get_text_config().vocab_size, batch, length)
 
 
 def _speed_figure(speed: dict[str, dict[str, Any]]) -> str:
@@ -32,9 +34,10 @@ def _speed_figure(speed: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def decode(patch_size: int, parallel: float, autoregressive: float) -> Callable[[Context], Measured]:
-    def measure(context: Context) -> Measured:
-        speed = decode_speed(seed_models(patch_size), random_prompts(VOCAB_SIZE, 1, 16), new_tokens=128, repeats=5)
+def decode(patch_size: int, parallel: float, autoregressive: float) -> Callable[..., Measured]:
+    def measure(context: Context, new_tokens: int = 128, repeats: int = 5, **fields: Any) -> Measured:
+        models = seed_models(patch_size, **fields)
+        speed = decode_speed(models, _prompts(models, 1, 16), new_tokens, repeats)
         passed = (
             speed["parallel"]["times_token_lm"] >= parallel
             and speed["autoregressive"]["times_token_lm"] >= autoregressive
@@ -44,16 +47,22 @@ def decode(patch_size: int, parallel: float, autoregressive: float) -> Callable[
     return measure
 
 
-def decode_grid(context: Context) -> Measured:
+def decode_grid(
+    context: Context,
+    batches: Sequence[int] = (1, 8, 32),
+    prompts: Sequence[int] = (16, 512, 2048),
+    new_tokens: int = 32,
+    **fields: Any,
+) -> Measured:
     """Batch and prompt sizes at K=8, and a decoder of two layers of 512."""
-    models = seed_models(8)
-    models["2 x 512"] = seed_student(seed_backbone(), 8, num_decoder_layers=2, decoder_hidden_size=512)
+    models = seed_models(8, **fields)
+    models["2 x 512"] = seed_student(seed_backbone(**fields), 8, num_decoder_layers=2, decoder_hidden_size=512)
     found = {}
-    for batch in (1, 8, 32):
-        for prompt in (16, 512, 2048):
+    for batch in batches:
+        for prompt in prompts:
             context.say(f"batch {batch}, prompt {prompt}")
-            ids = random_prompts(VOCAB_SIZE, batch, prompt)
-            found[f"batch {batch}, prompt {prompt}"] = decode_speed(models, ids, new_tokens=32, repeats=1)
+            ids = _prompts(models, batch, prompt)
+            found[f"batch {batch}, prompt {prompt}"] = decode_speed(models, ids, new_tokens, repeats=1)
     figure = "; ".join(
         f"{name}: " + ", ".join(f"{model} {values['times_token_lm']:.1f}x" for model, values in speed.items())
         for name, speed in found.items()
@@ -64,21 +73,22 @@ def decode_grid(context: Context) -> Measured:
 # -- overhead and memory
 
 
-def overhead(context: Context) -> Measured:
+def overhead(context: Context, new_tokens: int = 128, **fields: Any) -> Measured:
     """Share of the decoding time outside the modules: backbone, patch embedding, head, decoder, output matrix."""
+    models = seed_models(8, **fields)
     found = {
-        name: loop_overhead(model, random_prompts(VOCAB_SIZE, 1, 16), new_tokens=128)
-        for name, model in seed_models(8).items()
+        name: loop_overhead(model, _prompts(models, 1, 16), new_tokens)
+        for name, model in models.items()
         if name != "token LM"
     }
     figure = "; ".join(f"{name} {values['share']:.1%} of the time" for name, values in found.items())
     return Measured(figure, all(values["share"] <= 0.1 for values in found.values()), found)
 
 
-def cache_memory(context: Context) -> Measured:
+def cache_memory(context: Context, tokens: int = 2560, **fields: Any) -> Measured:
     """Growth of the cache between 512 and 2560 tokens, and what does not grow."""
-    models = seed_models(8, vocab_size=512, max_position_embeddings=4096)
-    found = {name: cache_growth(model, random_prompts(512, 1, 2560)) for name, model in models.items()}
+    models = seed_models(8, **{"vocab_size": 512, "max_position_embeddings": 4096, **fields})
+    found = {name: cache_growth(model, _prompts(models, 1, tokens)) for name, model in models.items()}
     of_token_lm = found["token LM"]["bytes_per_token"]
     figure = "; ".join(
         f"{name} {values['bytes_per_token'] / 1024:.1f} kB a token "
@@ -119,31 +129,33 @@ def _token_draft(context: Context, demo: Path) -> Path:
     return folder
 
 
-def lossless_greedy(context: Context) -> Measured:
+def lossless_greedy(context: Context, num_prompts: int = 200, max_eval_tokens: int = 2**18) -> Measured:
     """The demo's teacher, drafted for by its student and by a token LM of equal size, on held-out prompts of any
     length."""
     demo = _demo_folder(context)
     folders = {"teacher": demo / "teacher", "student": demo / "student", "token draft": _token_draft(context, demo)}
     models = {name: AutoModelForCausalLM.from_pretrained(folder).eval() for name, folder in folders.items()}
     tokenizer = AutoTokenizer.from_pretrained(demo / "student")
-    arguments = DataArguments(block_size=1024, max_eval_tokens=2**18, max_train_tokens=1024)
+    arguments = DataArguments(block_size=1024, max_eval_tokens=max_eval_tokens, max_train_tokens=1024)
     _, held_out = load_blocks(arguments, tokenizer, 8, seed=0)
-    prompts = [torch.tensor([held_out[number % len(held_out)]["input_ids"][: 8 + number]]) for number in range(200)]
+    prompts = [
+        torch.tensor([held_out[number % len(held_out)]["input_ids"][: 8 + number]]) for number in range(num_prompts)
+    ]
     found = drafting_speed(models.pop("teacher"), models, prompts)
     rates = "; ".join(
         f"{name} {values['tokens_per_second']:.0f} tokens/s, {values['tokens_per_teacher_step']:.2f} a teacher step"
         for name, values in found.items()
     )
     equal = found["student"]["equal"]
-    return Measured(f"{equal} of 200 texts equal; {rates}", equal == 200, found)
+    return Measured(f"{equal} of {num_prompts} texts equal; {rates}", equal == num_prompts, found)
 
 
 # -- likelihood-free sampling
 
 
-def patch_sampling_variation(context: Context) -> Measured:
+def patch_sampling_variation(context: Context, **table: Any) -> Measured:
     """On enumerable distributions: the exact form at the sampling floor, the batched one no further than CALM's."""
-    records = variation_table()
+    records = variation_table(**table)
     exact = max(r["variation"] - r["floor"] for r in records if r["sampler"] == "exact" and r["fallback"] < 0.005)
     of_calm = {
         (r["distribution"], r["temperature"]): r["variation"] for r in records if r["sampler"].startswith("CALM")
@@ -159,10 +171,11 @@ def patch_sampling_variation(context: Context) -> Measured:
     return Measured(figure, exact <= 0.005 and not worse, {"records": records})
 
 
-def patch_sampling_speed(context: Context) -> Measured:
+def patch_sampling_speed(context: Context, new_tokens: int = 64, repeats: int = 3, **fields: Any) -> Measured:
     """12 x 768 with an energy head, all samplers at 200 draws a patch: random weights repeat nothing."""
-    model = seed_student(seed_backbone(), 8, "parallel", head_config={"head_type": "energy"})
-    speed = sampling_speed(model, random_prompts(VOCAB_SIZE, 1, 16), temperature=0.5, max_draws=200, new_tokens=64)
+    model = seed_student(seed_backbone(**fields), 8, "parallel", head_config={"head_type": "energy"})
+    prompts = _prompts({"student": model}, 1, 16)
+    speed = sampling_speed(model, prompts, temperature=0.5, max_draws=200, new_tokens=new_tokens, repeats=repeats)
     calm = next(values for name, values in speed.items() if name.lower().startswith("calm"))["tokens_per_second"]
     figure = "; ".join(
         f"{name} {values['tokens_per_second']:.1f} tokens/s ({values['tokens_per_second'] / calm:.1f}x CALM's)"
@@ -173,8 +186,8 @@ def patch_sampling_speed(context: Context) -> Measured:
 
 def stock_tools(context: Context) -> Measured:
     """The tests behind every line of docs/stock_tools.md."""
-    folder = "tests/modeling_latentforge/"
-    files = [folder + name for name in ("test_stock_tools.py", "test_drafting.py", "test_remote_code.py")]
+    names = ("stock_tools", "drafting", "remote_code", "compile", "quantization", "lm_eval")
+    files = [*(f"tests/modeling_latentforge/test_{name}.py" for name in names), "tests/scripts/test_push_to_hub.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     summary = run_or_tell(command, cwd=ROOT).strip().splitlines()[-1]
     return Measured(summary, True)
@@ -193,7 +206,7 @@ def stored_bytes(module: torch.nn.Module) -> int:
     return total
 
 
-def quantisation(context: Context) -> Measured:
+def quantisation(context: Context, max_eval_tokens: int = 2**16, new_tokens: int = 128, repeats: int = 5) -> Measured:
     """The demo's student, its backbone's weights in fp32, bf16, int8 and int4: held-out likelihood, speed, size."""
     try:
         from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
@@ -202,7 +215,7 @@ def quantisation(context: Context) -> Measured:
         raise ImportError("this row needs torchao >= 0.18: pip install -e '.[dev]'") from error
     folder = _demo_folder(context)
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
-    arguments = DataArguments(block_size=1024, max_eval_tokens=2**16, max_train_tokens=1024)
+    arguments = DataArguments(block_size=1024, max_eval_tokens=max_eval_tokens, max_train_tokens=1024)
     _, held_out = load_blocks(arguments, tokenizer, 8, seed=0)
     # torchao's defaults would change torch's settings for every form that is measured
     int8 = Int8WeightOnlyConfig(set_inductor_config=False)
@@ -236,7 +249,7 @@ def quantisation(context: Context) -> Measured:
         models[name] = model
         found[name] = {"nats_per_token": nll, "backbone_megabytes": stored_bytes(backbone) / 2**20}
     ids = torch.as_tensor(held_out[0]["input_ids"][:16])[None]
-    for name, values in generation_speed(models, ids, new_tokens=128, repeats=5).items():
+    for name, values in generation_speed(models, ids, new_tokens, repeats=repeats).items():
         found[name] |= values
     figure = "; ".join(
         f"{name}: "

@@ -90,12 +90,12 @@ def demo(context: Context) -> Measured:
     return Measured(f"{minutes:.1f} minutes, {gigabytes:.1f} GB", minutes <= 12 and gigabytes <= 6, {"stages": stages})
 
 
-def demo_codec(context: Context) -> Measured:
+def demo_codec(context: Context, max_eval_tokens: int = 2**17) -> Measured:
     """Reads the demo's codec again, on the demo's held-out files."""
     folder = demo_folder(context)
     codec = AutoModel.from_pretrained(folder / "autoencoder").eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / "autoencoder")
-    arguments = DataArguments(block_size=1024, max_eval_tokens=2**17, max_train_tokens=1024)
+    arguments = DataArguments(block_size=1024, max_eval_tokens=max_eval_tokens, max_train_tokens=1024)
     _, held_out = load_blocks(arguments, tokenizer, codec.config.patch_size, seed=0)
     clean, noisy = (reconstruction_accuracy(codec, held_out, sigma=sigma) for sigma in (0.0, 0.3))
     figure = f"{clean['token_accuracy']:.2%} of tokens; {noisy['token_accuracy']:.2%} at sigma 0.3"
@@ -103,7 +103,7 @@ def demo_codec(context: Context) -> Measured:
     return Measured(figure, passed, {"clean": clean, "noisy": noisy})
 
 
-def demo_speed(context: Context) -> Measured:
+def demo_speed(context: Context, **lengths: int) -> Measured:
     folder = demo_folder(context)
     models = {
         name: AutoModelForCausalLM.from_pretrained(folder / name).eval()
@@ -111,26 +111,28 @@ def demo_speed(context: Context) -> Measured:
     }
     tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
     prompt = tokenizer("def main(argv=None):\n    parser = argparse.ArgumentParser(", return_tensors="pt").input_ids
-    return speed_against(models, prompt, 1.8)
+    return speed_against(models, prompt, 1.8, **lengths)
 
 
-def speed_against(models: dict[str, Any], prompt: torch.Tensor, target: float) -> Measured:
+def speed_against(
+    models: dict[str, Any], prompt: torch.Tensor, target: float, new_tokens: int = 256, repeats: int = 5
+) -> Measured:
     """Tokens/s of `student` and others as multiples of `teacher`'s, greedy, batch 1."""
-    speed = generation_speed(models, prompt, new_tokens=256, repeats=5)
+    speed = generation_speed(models, prompt, new_tokens, repeats=repeats)
     rates = {name: values["tokens_per_second"] for name, values in speed.items()}
     ratios = {name: rate / rates["teacher"] for name, rate in rates.items() if name != "teacher"}
     figure = "; ".join(f"{name} {ratio:.2f}x ({rates[name]:.0f} tokens/s)" for name, ratio in ratios.items())
     return Measured(f"{figure}; teacher {rates['teacher']:.0f} tokens/s", ratios["student"] >= target, speed)
 
 
-def large_speed(context: Context) -> Measured:
+def large_speed(context: Context, hidden_size: int = 512, num_hidden_layers: int = 8, **lengths: int) -> Measured:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=8,
-        num_attention_heads=8,
+        hidden_size=hidden_size,
+        intermediate_size=-(-8 * hidden_size // 96) * 32,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=hidden_size // 64,
         tie_word_embeddings=True,
     )
     codec = LatentForgeAutoencoder(
@@ -143,15 +145,16 @@ def large_speed(context: Context) -> Measured:
         "student": student,
         "parallel student": parallel,
     }
-    return speed_against(models, torch.randint(0, 4096, (1, 64)), 3.0)
+    return speed_against(models, torch.randint(0, 4096, (1, 64)), 3.0, **lengths)
 
 
 # -- the codec
 
 
-def books_codec(context: Context) -> Measured:
+def books_codec(context: Context, vocab_size: int = 8192, max_eval_tokens: int = 2**18) -> Measured:
     """`scripts/train_autoencoder.py` for twenty minutes of training in one piece: one that was stopped begins anew."""
-    tokenizer = SideBySide(context.work_dir, **books(), vocab_size=8192, num_tokens=2**20, say=context.say).tokenizer
+    table = SideBySide(context.work_dir, **books(), vocab_size=vocab_size, num_tokens=2**20, say=context.say)
+    tokenizer = table.tokenizer
     tokenizer.save_pretrained(context.work_dir / "tokenizer")
     output = context.work_dir / "autoencoder"
     log, stamp = output / "trainer_state.json", context.work_dir / "code"
@@ -167,7 +170,7 @@ def books_codec(context: Context) -> Measured:
         words = [word for name, value in flags.items() for word in (f"--{name}", value)]
         subprocess.run([sys.executable, str(ROOT / "scripts" / "train_autoencoder.py"), *words], check=True)
     codec = AutoModel.from_pretrained(output).eval()
-    arguments = DataArguments(**books(), block_size=1024, max_eval_tokens=2**18, max_train_tokens=1024)
+    arguments = DataArguments(**books(), block_size=1024, max_eval_tokens=max_eval_tokens, max_train_tokens=1024)
     clean = reconstruction_accuracy(codec, load_blocks(arguments, tokenizer, 8, 0)[1])
     minutes = sum(entry.get("train_runtime", 0) for entry in json.loads(log.read_text())["log_history"]) / 60
     figure = (
@@ -189,7 +192,7 @@ def run_or_tell(command: list[str], **options: Any) -> str:
     return done.stdout
 
 
-def loss_memory(context: Context) -> Measured:
+def loss_memory(context: Context, tokens: int = 65536, vocab_size: int = 131072) -> Measured:
     """Peak of the resident set while the loss and its gradients are made, in a process of its own."""
     program = (
         "import re, torch\n"
@@ -197,9 +200,9 @@ def loss_memory(context: Context) -> Measured:
         "    return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read()).group(1))\n"
         "from modeling_latentforge.modeling_token_loss import token_loss\n"
         "torch.manual_seed(0)\n"
-        "hidden = torch.randn(65536, 256, requires_grad=True)\n"
-        "weight = torch.randn(131072, 256, requires_grad=True)\n"
-        "targets = torch.randint(0, 131072, (65536,))\n"
+        f"hidden = torch.randn({tokens}, 256, requires_grad=True)\n"
+        f"weight = torch.randn({vocab_size}, 256, requires_grad=True)\n"
+        f"targets = torch.randint(0, {vocab_size}, ({tokens},))\n"
         "token_loss(hidden[:8], weight[:256], targets[:8] % 256)[0].backward()\n"
         "hidden.grad = weight.grad = None\n"
         "before = peak()\n"
@@ -207,16 +210,21 @@ def loss_memory(context: Context) -> Measured:
         "print((peak() - before) / 2**20)\n"
     )
     gigabytes = float(run_or_tell([sys.executable, "-c", program], cwd=ROOT))
-    hidden, weight = (torch.randn(n, 64, requires_grad=True) for n in (2048, 131072))
-    targets = torch.randint(0, 131072, (2048,))
+    error = loss_gradient_error(vocab_size)
+    return Measured(
+        f"{gigabytes:.2f} GB; gradients differ by {error:.1e} of their largest", gigabytes < 1 and error < 1e-4
+    )
+
+
+def loss_gradient_error(vocab_size: int) -> float:
+    """Largest difference from plain cross-entropy's gradients, as a share of their largest."""
+    hidden, weight = (torch.randn(n, 64, requires_grad=True) for n in (2048, vocab_size))
+    targets = torch.randint(0, vocab_size, (2048,))
     plain = torch.autograd.grad(
         nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum"), (hidden, weight)
     )
     ours = torch.autograd.grad(token_loss(hidden, weight, targets)[0], (hidden, weight))
-    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, plain, strict=True))
-    return Measured(
-        f"{gigabytes:.2f} GB; gradients differ by {error:.1e} of their largest", gigabytes < 1 and error < 1e-4
-    )
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, plain, strict=True))
 
 
 def kd_zero(context: Context) -> Measured:
@@ -311,13 +319,15 @@ def _limit(name: str, limit: float) -> float:
     return 1e-5 if name == "log-probabilities" else limit  # `generate` keeps fp32 scores in either dtype
 
 
-def _exactness_of_tiny(context: Context, initializer_range: float) -> tuple[dict[str, dict[str, float]], bool]:
-    """Largest differences by dtype, over every pair and seven texts."""
+def _exactness_of_tiny(
+    context: Context, initializer_range: float, texts: int = 7
+) -> tuple[dict[str, dict[str, float]], bool]:
+    """Largest differences by dtype, over every pair and text."""
     worst: dict[str, dict[str, float]] = {digits: {} for _, digits, _ in DTYPES}
     same = True
     for (dtype, digits, _), (head, decoder) in itertools.product(DTYPES, PAIRS):
         model = _tiny(head, decoder, dtype, initializer_range)
-        for start in range(0, 300, 44):
+        for start in range(0, 44 * texts, 44):
             folder = context.work_dir / "saved" if start == 0 else None
             # no row is full: what pads every row must vanish too
             found, equal = exactness(model, _text(4, 11, start), (9, 8, 5, 2), folder=folder)
@@ -338,10 +348,10 @@ def _within(worst: dict[str, dict[str, float]]) -> bool:
     return all(value <= _limit(name, limit) for _, digits, limit in DTYPES for name, value in worst[digits].items())
 
 
-def equalities(context: Context) -> Measured:
+def equalities(context: Context, texts: int = 7) -> Measured:
     """Models as they are built, and the demo's as they are trained, on files that they never saw."""
-    built, same = _exactness_of_tiny(context, LatentForgeConfig().initializer_range)
     folder = demo_folder(context)
+    built, same = _exactness_of_tiny(context, LatentForgeConfig().initializer_range, texts)
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     _, held_out = load_blocks(
         DataArguments(block_size=1024, max_eval_tokens=2**14, max_train_tokens=1024), tokenizer, 8, seed=0
@@ -366,15 +376,15 @@ def equalities(context: Context) -> Measured:
     return Measured(figure, same and _within(built) and _within(trained), details)
 
 
-def equalities_large(context: Context) -> Measured:
+def equalities_large(context: Context, texts: int = 7) -> Measured:
     """Weights ten times as large as built, so that no small error hides; fp32 rounding grows with them, in any model:
     beside it, transformers' own Llama with as many layers, on the same texts."""
-    worst, same = _exactness_of_tiny(context, 0.2)
+    worst, same = _exactness_of_tiny(context, 0.2, texts)
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
     llama = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=258, initializer_range=0.2, **sizes)).eval()
     with torch.no_grad():
-        plain = max(cached_error(llama, _text(4, 11, start)) for start in range(0, 300, 44))
+        plain = max(cached_error(llama, _text(4, 11, start)) for start in range(0, 44 * texts, 44))
     figure = f"greedy ids {'equal' if same else 'DIFFER'}; {_exactness_figure(worst)}; plain Llama, fp32 {plain:.1e}"
     exact = all(value <= _limit(name, 1e-10) for name, value in worst["fp64"].items())
     rounding = all(value <= 4 * plain for value in worst["fp32"].values())

@@ -20,20 +20,20 @@ from .vllm_parity import parity, save_tiny
 # -- pace
 
 
-def aimd(context: Context) -> Measured:
+def aimd(context: Context, warm_up: float = 10, seconds: float = 60) -> Measured:
     """A minute against a server that refuses the seventh request."""
     from ..teachers.http_server import HTTPServer
 
-    capacity, seconds = 6, 0.1
+    capacity, cost = 6, 0.1
     found = {}
     for name, retry_after in (("with Retry-After", 0.2), ("without", None)):
-        with CapacityServer(capacity, seconds, retry_after) as server:
+        with CapacityServer(capacity, cost, retry_after) as server:
             client = HTTPServer(server.url)
             ask = lambda items, client=client: client.flow.map(lambda _: client.send("POST", "/x", {}), items)  # noqa: E731
-            rate, refused = rate_and_refusals(server, ask, warm_up=10, seconds=60)
+            rate, refused = rate_and_refusals(server, ask, warm_up, seconds)
             found[name] = {
                 "requests_per_second": rate,
-                "share_of_ideal": rate * seconds / capacity,
+                "share_of_ideal": rate * cost / capacity,
                 "refused": refused,
                 "limit": client.flow.limiter.limit,
             }

@@ -28,10 +28,10 @@ def real_teacher(context: Context) -> Path:
     return tiny_token_lm(context.shared_dir / "tiny_teacher")
 
 
-def store_size(context: Context) -> Measured:
-    real = real_rows(real_teacher(context), 256)
+def store_size(context: Context, num_real: int = 256, num_zipf: int = 2048) -> Measured:
+    real = real_rows(real_teacher(context), num_real)
     sizes = {
-        "zipf": bytes_per_token(zipf_rows(real, 2048), context.work_dir / "size"),
+        "zipf": bytes_per_token(zipf_rows(real, num_zipf), context.work_dir / "size"),
         "real": bytes_per_token(real, context.work_dir / "size"),
     }
     figure = "; ".join(
@@ -42,9 +42,11 @@ def store_size(context: Context) -> Measured:
     return Measured(figure, passed, sizes)
 
 
-def store_speed(context: Context) -> Measured:
-    rows = zipf_rows(real_rows(real_teacher(context), 64), 2048)
-    runs: list[dict[str, Any]] = [measure_store_speed(rows, context.work_dir / "speed") for _ in range(3)]
+def store_speed(
+    context: Context, num_real: int = 64, num_zipf: int = 2048, reads: int = 4000, repeats: int = 3
+) -> Measured:
+    rows = zipf_rows(real_rows(real_teacher(context), num_real), num_zipf)
+    runs: list[dict[str, Any]] = [measure_store_speed(rows, context.work_dir / "speed", reads) for _ in range(repeats)]
     # the machine is shared: the middle run counts, all are kept
     read = statistics.median(run["sqlite_read"]["per_second"] for run in runs)
     write = statistics.median(run["sqlite_write"]["per_second"] for run in runs)
@@ -55,26 +57,26 @@ def store_speed(context: Context) -> Measured:
     return Measured(figure, read >= 6000 and write >= 0.6e6, {"runs": runs})
 
 
-def store_kill(context: Context) -> Measured:
+def store_kill(context: Context, kills: int = KILLS) -> Measured:
     (pattern,) = real_rows(real_teacher(context), 1)
     path = context.work_dir / "killed.sqlite"
     for file in context.work_dir.glob("killed.sqlite*"):
         file.unlink()
     delays = random.Random(0)
-    rounds = [kill_writers(path, number, delays.uniform(0.2, 0.7), pattern) for number in range(KILLS)]
+    rounds = [kill_writers(path, number, delays.uniform(0.2, 0.7), pattern) for number in range(kills)]
     megabytes = path.stat().st_size / 2**20
     path.unlink()
     total = {name: sum(one[name] for one in rounds) for name in rounds[0]}
     figure = (
-        f"{total['acknowledged']} rows acknowledged in {KILLS} rounds, {total['lost']} lost, {total['corrupt']} "
+        f"{total['acknowledged']} rows acknowledged in {kills} rounds, {total['lost']} lost, {total['corrupt']} "
         f"corrupt, file sound {total['sound']} times"
     )
     every_round_wrote = all(one["acknowledged"] for one in rounds)
-    passed = every_round_wrote and not total["lost"] and not total["corrupt"] and total["sound"] == KILLS
+    passed = every_round_wrote and not total["lost"] and not total["corrupt"] and total["sound"] == kills
     return Measured(figure, passed, {"rounds": rounds, "megabytes": megabytes})
 
 
-def warm_store(context: Context) -> Measured:
+def warm_store(context: Context, **sizes: int) -> Measured:
     patch_size = 4
 
     def student(vocab_size: int) -> LatentForgeForCausalLM:
@@ -91,7 +93,7 @@ def warm_store(context: Context) -> Measured:
     teacher = tiny_token_lm(context.shared_dir / "tiny_teacher")
     shapes = {"top 20": Shape(20), "12 exact + 8 draws": Shape(12, 8)}
     measured = {
-        name: warm_store_slowdown(teacher, student, context.work_dir, patch_size, shape)
+        name: warm_store_slowdown(teacher, student, context.work_dir, patch_size, shape, **sizes)
         for name, shape in shapes.items()
     }
     figure = "; ".join(
