@@ -102,8 +102,12 @@ def _config_to_argv(parser: _Parser, files: Iterable[str]) -> list[str]:
     known = {flag.removeprefix("--") for flag in _flags(parser)} - {"-h", "config"}
     settings: dict[str, tuple[Any, str]] = {}
     for path in files:
-        for key, value in _read_config(parser, path).items():
+        content = _read_config(parser, path)
+        for key, value in content.items():
             name = str(key).replace("-", "_")
+            if name not in known and isinstance(value, dict):
+                sections = [f"{path}:{section}" for section, lines in content.items() if isinstance(lines, dict)]
+                parser.error(f"{path}: {str(key)!r} is a section and no flag: name a section: {' or '.join(sections)}")
             if name not in known:
                 parser.error(f"{path}: unknown key {str(key)!r}" + _suggest(name, known))
             settings[name] = (value, path)

@@ -136,3 +136,12 @@ def test_a_section_of_a_file_is_read_alone(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(Options, argv=["--config", f"{path}:teacher"])
     assert "no section 'teacher': it has codec, student" in capsys.readouterr().err
+
+
+def test_a_file_of_sections_without_a_section_names_them(tmp_path, capsys):
+    """`unknown key 'student'` sends people to look for a flag, where a word after the file's name is missing."""
+    path = write(tmp_path / "seed.yaml", "first: {width: 4}\nsecond: {width: 5}\n")
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(Options, argv=["--config", path])
+    assert stop.value.code == 2
+    assert f"name a section: {path}:first or {path}:second" in capsys.readouterr().err
