@@ -4,14 +4,16 @@
     python scripts/infer.py --model runs/demo/student --temperature 0          # greedy, from an empty prompt
     python scripts/infer.py --model runs/demo/student --interactive            # a prompt a line, until an empty one
 
-Text goes to standard output, speed and the count of backbone steps to standard error.
+With --interactive, --prompt is the first of the prompts. Text goes to standard output, speed and the count of backbone
+steps to standard error.
 """
 
+import math
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 
@@ -33,12 +35,14 @@ class InferArguments:
     use_kv_cache: bool = field(
         default=True, metadata={"help": "Keep keys and values; without, slower and equal (greedy)."}
     )
-    interactive: bool = field(default=False, metadata={"help": "Read prompts from standard input, one a line."})
+    interactive: bool = field(
+        default=False, metadata={"help": "Read prompts from standard input, one a line; --prompt is the first."}
+    )
     device: str | None = field(default=None, metadata={"help": "Default: cuda where there is one, else cpu."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the model code of a Hub repository."})
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}: 1 keeps every token")
@@ -46,11 +50,9 @@ class InferArguments:
             raise ValueError(f"top_k must be 0 (all tokens) or more, got {self.top_k}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not Path(self.model).is_dir() and not self.trust_remote_code:
-            raise ValueError(
-                f"no directory {self.model}: train a student with `make train-student` or `make demo`. "
-                "For a Hub id add --trust_remote_code, which runs the code of that repository."
-            )
+        from trainers.command_line import model_path
+
+        self.model = model_path("model", self.model, self.trust_remote_code)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,12 +61,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments(InferArguments, argv=argv, description=__doc__)
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import modeling_latentforge  # noqa: F401  (registers our models with the Auto classes)
+    from trainers.command_line import check_writes_text, choose_device, describe
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(arguments.device)
     trust = arguments.trust_remote_code
+    check_writes_text("model", arguments.model, trust_remote_code=trust)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=trust)
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model, dtype=torch.bfloat16 if arguments.bf16 else torch.float32, trust_remote_code=trust
@@ -72,20 +76,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.to(device).eval()
     head = getattr(model.config, "head_config", None)
     if head is not None and head.head_type == "energy" and arguments.temperature and not arguments.use_kv_cache:
-        raise SystemExit("an energy head samples with its cache only: drop --no_use_kv_cache, or set --temperature 0")
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        raise ValueError("an energy head samples with its cache only: drop --no_use_kv_cache, or set --temperature 0")
     if not arguments.interactive:
-        _continue(arguments.prompt, arguments, model, tokenizer, streamer)
+        _continue(arguments.prompt, arguments, model, tokenizer)
         return
     print("a prompt a line; an empty line ends", file=sys.stderr)
-    for line in sys.stdin:
-        if not line.strip():
+    first = [arguments.prompt] if arguments.prompt.strip() else []
+    for prompt in chain(first, (line.rstrip("\n") for line in sys.stdin)):
+        if not prompt.strip():
             break
-        _continue(line.rstrip("\n"), arguments, model, tokenizer, streamer)
+        try:
+            _continue(prompt, arguments, model, tokenizer)
+        except ValueError as error:  # of this line: the next may be shorter
+            print(f"error: {describe(error)}", file=sys.stderr)
 
 
-def _continue(prompt: str, arguments: InferArguments, model: Any, tokenizer: Any, streamer: Any) -> None:
-    from transformers import set_seed
+def _continue(prompt: str, arguments: InferArguments, model: Any, tokenizer: Any) -> None:
+    from transformers import TextStreamer, set_seed
 
     from trainers.evaluation.speed import count_backbone_steps
 
@@ -105,7 +112,7 @@ def _continue(prompt: str, arguments: InferArguments, model: Any, tokenizer: Any
             input_ids,
             max_new_tokens=arguments.max_new_tokens,
             use_cache=arguments.use_kv_cache,
-            streamer=streamer,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
             **sampling,
         )
     seconds = time.perf_counter() - start
@@ -134,4 +141,6 @@ def encode_prompt(prompt: str, tokenizer: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    from trainers.command_line import run
+
+    run(main)

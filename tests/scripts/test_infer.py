@@ -1,7 +1,9 @@
 """`scripts/infer.py` on real, tiny students: what it prints, what it refuses."""
 
 import io
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from modeling_latentforge import LatentForgeAutoencoder, LatentForgeAutoencoderConfig, LatentForgeForCausalLM
 from scripts.infer import encode_prompt, main
+from tests.conftest import tiny_autoencoder
 
 
 TEXT = ["def main():\n    return first + second\n", "class Shape:\n    def area(self):\n        return 0\n"]
@@ -138,16 +141,58 @@ def test_interactive_continues_each_line_until_an_empty_one(
     assert out == first + first
 
 
+def test_the_prompt_of_an_interactive_session_is_its_first(
+    student: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """A flag that is read and not used looks like a model that ignores its prompt."""
+    common = ("--model", str(student), "--max_new_tokens", "6", "--temperature", "0")
+    expected = [run(capsys, *common, "--prompt", prompt)[0] for prompt in ("class Shape:\n", "def")]
+    monkeypatch.setattr("sys.stdin", io.StringIO("def\n\n"))
+    assert run(capsys, *common, "--interactive", "--prompt", "class Shape:\n")[0] == "".join(expected)
+
+
+def test_a_line_that_is_too_long_does_not_end_the_session(
+    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """One pasted page would throw the loaded model away."""
+    short = shutil.copytree(student, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    config["backbone_config"]["max_position_embeddings"] = 8
+    (short / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("sys.stdin", io.StringIO("x" * 200 + "\ndef\n"))
+    out, err = run(capsys, "--model", str(short), "--interactive", "--max_new_tokens", "4", "--temperature", "0")
+    assert "error: The prompt has 200 tokens, the model reads at most 8 patches" in err and "Traceback" not in err
+    assert out.startswith("def") and err.count("tokens/s") == 1
+
+
+def test_a_codec_is_refused_by_that_name(tmp_path: Path):
+    """The library's answer is a list of every class that it knows."""
+    tiny_autoencoder().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a codec, .* writes no text: pass the student"):
+        main(["--model", str(tmp_path)])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_before_the_model_is_loaded(student: Path):
+    """`Torch not compiled with CUDA enabled` out of torch does not name the flag."""
+    with pytest.raises(ValueError, match="--device cuda: torch sees no GPU here"):
+        main(["--model", str(student), "--device", "cuda"])
+    with pytest.raises(ValueError, match="--device cudda: torch knows no such device"):
+        main(["--model", str(student), "--device", "cudda"])
+
+
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
         (("--temperature", "-1"), "temperature must be 0 (greedy) or more, got -1.0"),
+        (("--temperature", "nan"), "temperature must be 0 (greedy) or more, got nan"),
+        (("--temperature", "inf"), "temperature must be 0 (greedy) or more, got inf"),
         (("--top_p", "0"), "top_p must lie in (0, 1], got 0.0"),
         (("--top_p", "1.5"), "top_p must lie in (0, 1], got 1.5"),
         (("--top_k", "-2"), "top_k must be 0 (all tokens) or more, got -2"),
         (("--max_new_tokens", "0"), "max_new_tokens must be at least 1, got 0"),
         (("--temprature", "1"), "did you mean --temperature"),
-        (("--model", "no/such/student"), "no directory no/such/student: train a student"),
+        (("--model", "no/such/student"), "there is no folder no/such/student. Train a model with"),
     ],
 )
 def test_a_wrong_call_says_what_and_how_to_mend_it(
