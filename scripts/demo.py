@@ -24,6 +24,13 @@ from typing import Any
 
 SCRIPTS = Path(__file__).resolve().parent
 PROGRESS_SECONDS = 15.0
+# what a stage leaves for those after it and for the reader; weights may be in several files
+MODEL = ("config.json", "model*.safetensors", "tokenizer_config.json")
+RESULTS = {
+    "tokenizer": ("tokenizer.json", "tokenizer_config.json"),
+    "generation": ("generation.json",),
+    "report": ("report.md", "report.json"),
+}
 
 
 @dataclass
@@ -56,6 +63,10 @@ class DemoArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.teacher is not None:
+            from trainers.command_line import model_path
+
+            self.teacher = model_path("teacher", self.teacher)
 
 
 @dataclass
@@ -84,12 +95,13 @@ class Stage:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def finished(self) -> dict[str, Any] | None:
-        """The stamp, if the stage ended well with this very hash."""
+        """The stamp, if the stage ended well with this very hash and what it made is still there."""
         try:
             stamp = json.loads(self.stamp.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return stamp if stamp.get("hash") == self.hash() else None
+        made = all(any(self.directory.glob(pattern)) for pattern in RESULTS.get(self.name, MODEL))
+        return stamp if made and stamp.get("hash") == self.hash() else None
 
     def command(self, arguments_file: Path) -> list[str]:
         """How a person would run the stage alone."""
@@ -211,11 +223,15 @@ def run_demo(
     Raises:
         StageError: a stage failed.
         ValueError: a folder of the demo holds files that are not the demo's.
+        OSError: output_dir cannot be written to.
     """
+    from trainers.command_line import check_writable
+
     execute = execute or execute_in_process_of_its_own
     say = say or (lambda line: print(line, flush=True))
     start = time.perf_counter()
     stages = plan(arguments)
+    check_writable(arguments.output_dir)
     stamps, ran = {}, []
     for number, stage in enumerate(stages, 1):
         title = f"[{time.perf_counter() - start:5.0f} s] {number}/{len(stages)} {stage.name}"
@@ -382,20 +398,17 @@ def run_measurement(arguments_file: str) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     from trainers.arguments import parse_arguments
 
     (arguments,) = parse_arguments(DemoArguments, argv=argv, description=__doc__)
-    try:
-        if arguments.measure:
-            run_measurement(arguments.measure)
-        else:
-            run_demo(arguments)
-    except (StageError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    if arguments.measure:
+        run_measurement(arguments.measure)
+    else:
+        run_demo(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from trainers.command_line import run
+
+    run(main, StageError)
