@@ -174,6 +174,12 @@ class StudentArguments:
         self._refuse(OWN_DECODER, parallel, "is about an autoregressive decoder, decoder_type is parallel: drop it")
         if self.layers is not None and not all(part.strip().isdigit() for part in self.layers.split(",")):
             raise ValueError(f"layers must read like 0,2,4, got {self.layers!r}.")
+        from trainers.command_line import model_path
+
+        self.autoencoder = model_path("autoencoder", self.autoencoder)
+        backend = self.teacher_backend or read_env().get("TEACHER_BACKEND", "hf")
+        if self.teacher is not None and backend in ("hf", "vllm-local"):  # a server gives its models names of its own
+            self.teacher = model_path("teacher", self.teacher)
 
     def _refuse(self, names: str, means_nothing: bool, message: str) -> None:
         for name in names.split() if means_nothing else ():
@@ -205,11 +211,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     from transformers import AutoTokenizer, set_seed
 
     from trainers import DataArguments, KDConfig, KDTrainer, PatchCollator, load_blocks, parse_arguments
+    from trainers.command_line import check_writable
     from trainers.model_card import describe_data
 
     student_args, data_args, training_args = parse_arguments(
         StudentArguments, DataArguments, KDConfig, argv=argv, description=__doc__
     )
+    if training_args.should_save:
+        check_writable(training_args.output_dir)
     print(training_args.describe_process(), flush=True)
     tokenizer = AutoTokenizer.from_pretrained(student_args.autoencoder)
     codec = load_codec(student_args.autoencoder)
@@ -447,4 +456,6 @@ def merge_adapter(model, output_dir: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from trainers.command_line import run
+
+    run(main)

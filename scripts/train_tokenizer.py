@@ -31,10 +31,12 @@ class TokenizerArguments:
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Parse, train, save, measure; returns `vocab_size` and `bytes_per_token`."""
     from trainers.arguments import parse_arguments
+    from trainers.command_line import check_writable
     from trainers.data import DataArguments, load_texts
     from trainers.tokenizer import first_texts, train_tokenizer
 
     arguments, data_args = parse_arguments(TokenizerArguments, DataArguments, argv=argv, description=__doc__)
+    check_writable(arguments.output_dir)
     train, held_out = load_texts(data_args)
 
     tokenizer = train_tokenizer(train, arguments.vocab_size, arguments.max_characters)
@@ -54,4 +56,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    from trainers.command_line import run
+
+    run(main)

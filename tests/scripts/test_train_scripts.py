@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from scripts import train_autoencoder, train_student
+from scripts import train_autoencoder, train_student, train_teacher, train_tokenizer
 from tests.conftest import tiny_autoencoder
 from tests.trainers.training_helpers import TEXT, byte_tokenizer, tiny_teacher
 from trainers import AEConfig, DataArguments, KDConfig, parse_arguments
@@ -130,14 +130,38 @@ def test_training_resumes_inside_a_lora_run(room, tmp_path):
         ("--decoder_type parallel --decoder_window 16", "decoder_window .16. is about an autoregressive decoder"),
         ("--label_smoothing_factor 0.1", "label_smoothing_factor .0.1. is not possible"),
         ("--kd_wieght 1", "unknown flag --kd_wieght .did you mean --kd_weight"),
+        ("--teacher {room}/teachr", "teacher: there is no folder .*/teachr .did you mean .*/teacher"),
+        ("--autoencoder ./codec", "autoencoder: there is no folder ./codec"),
         ("--kd_weight -1", "kd_weight must not be negative, got -1"),
     ],
 )
 def test_flags_that_cannot_work_are_refused_at_once(room, tmp_path, capsys, flags, message):
     """Before the data is tokenised and the teacher loaded, with the value and the remedy."""
     with pytest.raises(SystemExit):
-        train_student.main(student_flags(room, tmp_path, flags))
+        train_student.main(student_flags(room, tmp_path, flags.format(room=room)))
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_served_teacher_may_be_named_like_a_path(tmp_path):
+    """A server serves a folder of its own machine under that folder's name."""
+    name = f"{tmp_path}/on/the/server"
+    assert train_student.StudentArguments("x", teacher=name, teacher_backend="vllm-remote").teacher == name
+    with pytest.raises(ValueError, match="there is no folder"):
+        train_student.StudentArguments("x", teacher=name, teacher_backend="hf")
+
+
+@pytest.mark.parametrize("script", [train_tokenizer, train_teacher, train_autoencoder, train_student])
+def test_a_folder_that_cannot_be_written_to_is_said_before_the_work(room, tmp_path, script):
+    """Text that is read and tokenised, or a model that is trained, would be lost for a mistyped flag."""
+    (tmp_path / "file").touch()
+    flags = f"--data {room}/text.jsonl --cache_dir {tmp_path}/cache --output_dir {tmp_path}/file/out"
+    if script is not train_tokenizer:
+        flags += f" {ROOM} " + (
+            f"--autoencoder {room}/codec" if script is train_student else f"--tokenizer {room}/codec"
+        )
+    with pytest.raises(OSError, match="cannot write to the output_dir .*file/out .*: pass another --output_dir"):
+        script.main(flags.split())
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_backbone_of_size_zero_is_refused_and_not_replaced_by_the_default(room):
