@@ -94,15 +94,11 @@ class BenchArguments:
             raise ValueError("a baseline needs a --model to compare with it")
         if "drafting" in self.tables and self.baseline is None:
             raise ValueError("the table drafting needs --model and --baseline: random weights accept no drafts")
-        for path in self.model if self.baseline is None else [*self.model, self.baseline]:
-            if Path(path).is_dir() and not (Path(path) / "config.json").exists():
-                raise ValueError(f"{path} holds no model: there is no config.json")
-        for path in self.model:
-            if not Path(path).is_dir() and not self.trust_remote_code:
-                raise ValueError(
-                    f"no directory {path}: train one with `make train-student` or `make demo`. "
-                    "For a Hub id add --trust_remote_code, which runs the code of that repository."
-                )
+        from trainers.command_line import model_path
+
+        self.model = [model_path("model", path, self.trust_remote_code) for path in self.model]
+        if self.baseline is not None:
+            self.baseline = model_path("baseline", self.baseline, True)  # a token LM needs no code of its own
         self.decoder_shapes()
 
     def decoder_shapes(self) -> list[tuple[int, int]]:
@@ -173,19 +169,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     import torch
 
+    from trainers.command_line import choose_device
     from trainers.evaluation.benchmark import TABLES, compile_decoder
     from trainers.verification import environment
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit(f"--device {device}: torch sees no GPU here")
+    device = choose_device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    try:
-        bench = _load(arguments, device) if arguments.model else _build(arguments, device)
-        lengths, too_long = _lengths(arguments, bench.models)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"bench.py: error: {str(error).splitlines()[0]}") from error
+    bench = _load(arguments, device) if arguments.model else _build(arguments, device)
+    lengths, too_long = _lengths(arguments, bench.models)
     if arguments.compile:
         for model in bench.models.values():
             compile_decoder(model, **({"mode": "reduce-overhead"} if device.startswith("cuda") else {}))
@@ -280,6 +272,7 @@ def _load(arguments: BenchArguments, device: str) -> Bench:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import modeling_latentforge  # noqa: F401  (registers our models with the Auto classes)
+    from trainers.command_line import check_writes_text
     from trainers.evaluation.benchmark import samples_whole_patches
 
     texts = _read_prompts(arguments.prompts_file)
@@ -287,6 +280,8 @@ def _load(arguments: BenchArguments, device: str) -> Bench:
     short = [Path(path).name for path in paths]
     names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
     options = {"trust_remote_code": arguments.trust_remote_code}
+    for path in paths:
+        check_writes_text("model", path, **options)
     tokenizers = [AutoTokenizer.from_pretrained(path, **options) for path in paths]
     for path, tokenizer in zip(paths, tokenizers, strict=True):
         if tokenizer.get_vocab() != tokenizers[0].get_vocab():
@@ -428,4 +423,6 @@ def _print_samples(samples: Sequence[dict[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from trainers.command_line import run
+
+    run(main)

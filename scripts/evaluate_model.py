@@ -84,14 +84,12 @@ class EvaluateArguments:
         for domain in self.domain:
             if "=" not in domain:
                 raise ValueError(f"a domain is NAME=TEXT, as in letters=letters.txt, got {domain!r}")
-        for path in [self.model, *self.baseline, *([self.teacher] if self.teacher else [])]:
-            if Path(path).is_dir() and not (Path(path) / "config.json").exists():
-                raise ValueError(f"{path} holds no model: there is no config.json")
-            if not Path(path).is_dir() and not self.trust_remote_code:
-                raise ValueError(
-                    f"no directory {path}: train one with `make demo`. For a Hub id add --trust_remote_code, which "
-                    "runs the code of that repository."
-                )
+        from trainers.command_line import model_path
+
+        self.model = model_path("model", self.model, self.trust_remote_code)
+        self.baseline = [model_path("baseline", path, self.trust_remote_code) for path in self.baseline]
+        if self.teacher:
+            self.teacher = model_path("teacher", self.teacher, self.trust_remote_code)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -106,25 +104,21 @@ def main(argv: Sequence[str] | None = None) -> Path:
     import torch
     from transformers.utils import logging
 
+    from trainers.command_line import choose_device
     from trainers.evaluation.evaluation import Evaluation
     from trainers.evaluation.evaluation_report import write_evaluation
     from trainers.model_card import update_card, weights_hash
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit(f"--device {device}: torch sees no GPU here")
+    device = choose_device(arguments.device)
     logging.set_verbosity_error()  # notes of `generate` between the lines of progress
     started = time.perf_counter()
     default = Path(arguments.model) / "evaluation" if Path(arguments.model).is_dir() else None
     output_dir = Path(arguments.output_dir) if arguments.output_dir else default or Path("results/evaluation")
-    try:
-        subjects, notes = _load(arguments, device)
-        settings = _settings(arguments)
-        report = Evaluation(subjects, settings, output_dir / "parts", arguments.parts, _say, _bar).run()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"evaluate_model.py: error: {str(error).splitlines()[0]}") from error
+    subjects, notes = _load(arguments, device)
+    settings = _settings(arguments)
+    report = Evaluation(subjects, settings, output_dir / "parts", arguments.parts, _say, _bar).run()
     report["conditions"] |= {
         "command": f"python scripts/evaluate_model.py {shlex.join(argv[1:] if argv[0] == '--model' else argv)}",
         "data": arguments.eval_data or f"held-out part of {arguments.data}",
@@ -257,4 +251,6 @@ def _bar(items: Iterable[Any], name: str) -> Iterable[Any]:
 
 
 if __name__ == "__main__":
-    main()
+    from trainers.command_line import run
+
+    run(main)
