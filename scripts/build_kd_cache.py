@@ -120,6 +120,11 @@ class BuildArguments:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not 0 <= (self.num_draws or 0) <= self.top_k or self.verify < 0:
             raise ValueError("num_draws must lie between 0 and top_k, and verify must not be negative.")
+        from trainers.command_line import model_path
+
+        for name in ("autoencoder", "tokenizer", *([] if self.urls else ["teacher"])):  # a server names its model
+            if getattr(self, name) is not None:
+                setattr(self, name, model_path(name, getattr(self, name)))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -172,6 +177,7 @@ def build_teachers(args: BuildArguments, tokenizer: Any) -> list[Any]:
         TeacherUnavailable: none answers.
         ValueError: one of them cannot do what is asked, or has another tokenizer.
     """
+    from trainers.command_line import choose_device
     from trainers.teachers import TeacherUnavailable, build_teacher, read_env
 
     environment = read_env()
@@ -179,10 +185,9 @@ def build_teachers(args: BuildArguments, tokenizer: Any) -> list[Any]:
     if not args.urls:
         if args.teacher_backend == "vllm-local":
             return [build_teacher("vllm-local", tokenizer, environment, args.teacher, **common)]
-        import torch
-
+        device = choose_device(args.device)
         teacher = build_teacher("hf", tokenizer, environment, args.teacher, **common)
-        teacher.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        teacher.to(device)
         teacher.check()
         return [teacher]
     teachers, away = [], []
@@ -292,4 +297,6 @@ def push(folder: str, repo_id: str, private: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from trainers.command_line import run
+
+    run(main)

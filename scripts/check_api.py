@@ -8,7 +8,6 @@ included. Exit status: 0 when the endpoint can be a teacher, 1 when it cannot, 2
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 
@@ -97,14 +96,18 @@ def try_teacher(backend: str, environment: dict[str, str], arguments: argparse.N
     """Build it as training does, and ask it once."""
     from transformers import AutoTokenizer
 
+    from trainers.command_line import model_path
     from trainers.teachers import build_teacher
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(model_path("--tokenizer", arguments.tokenizer))
+    teacher_name = arguments.teacher
+    if teacher_name is not None and backend in ("hf", "vllm-local"):  # a server gives its models names of its own
+        teacher_name = model_path("--teacher", teacher_name)
     teacher = build_teacher(
         backend,
         tokenizer,
         environment,
-        arguments.teacher,
+        teacher_name,
         k=arguments.kd_top_k,
         max_tokens=4,
         patience=arguments.timeout,
@@ -121,4 +124,6 @@ def try_teacher(backend: str, environment: dict[str, str], arguments: argparse.N
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from trainers.command_line import run
+
+    run(main)

@@ -61,4 +61,6 @@ def main(argv: Sequence[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    from trainers.command_line import run
+
+    run(main)

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Replace this process by the server."""
+    from trainers.command_line import model_path
     from trainers.teachers import read_env
 
     parser = argparse.ArgumentParser(
@@ -31,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = arguments.teacher or environment.get("VLLM_LOCAL_MODEL")
     if not model:
         parser.error("no model: pass --teacher, or set VLLM_LOCAL_MODEL in .env")
+    try:
+        model = model_path("--teacher" if arguments.teacher else "VLLM_LOCAL_MODEL", model)
+    except ValueError as error:
+        parser.error(str(error))
     command = serve_command(model, environment, arguments.host, arguments.port, arguments.max_logprobs)
     process_environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     key = environment.get("VLLM_REMOTE_API_KEY")
@@ -64,4 +69,6 @@ def serve_command(
 
 
 if __name__ == "__main__":
-    main()
+    from trainers.command_line import run
+
+    run(main)

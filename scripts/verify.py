@@ -8,7 +8,6 @@ Exit status: 0 when every row meets its target, 1 while one falls short or is mi
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 
@@ -50,4 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from trainers.command_line import run
+
+    run(main)

@@ -140,6 +140,8 @@ def test_other_data_is_not_found(room, tmp_path):
         ("--urls http://a", "pass teacher_revision and teacher_dtype"),
         ("--urls http://a http://a --teacher_revision 1 --teacher_dtype bfloat16", "names a server twice"),
         ("--urls http://a --teacher_backend vllm-local", "leave out teacher_backend"),
+        ("--teacher ./x", "teacher: there is no folder ./x"),
+        ("--teacher x --tokenizer ./x", "tokenizer: there is no folder ./x"),
         ("--teacher x --patience 0", "patience must be above 0"),
         ("--teacher x --top_k 0", "top_k must be at least 1"),
         ("--teacher x --num_draws 30", "num_draws must lie between"),
