@@ -26,7 +26,10 @@ def run(main: Callable[[], Any], *errors: type[Exception]) -> NoReturn:
     except Exception as error:
         if os.environ.get(DEBUG, "0") not in ("", "0") or not _is_users(error, errors):
             raise
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {describe(error)}\n({DEBUG}=1 shows where in the code)\n")
+        message = describe(error)
+        if DEBUG not in message:  # the log of a script that this one started says it already
+            message += f"\n({DEBUG}=1 shows where in the code)"
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {message}\n")
         # the traceback is let go first: what its frames hold (workers, a process group) ends as after any return
         status = 1
     sys.exit(status if isinstance(status, int) else 0)
