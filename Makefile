@@ -175,8 +175,8 @@ test-fast: setup ## all but the scripts
 	$(BIN)/python -m pytest -q --timeout 60 --ignore tests/scripts
 
 .PHONY: test-e2e
-test-e2e: setup ## the scripts from text to generation, in processes of their own
-	$(BIN)/python -m pytest -q -m "not gpu" tests/scripts
+test-e2e: setup ## the scripts from text to generation, and the real vLLM where setup-vllm has installed it
+	$(BIN)/python -m pytest -q -m "not gpu" --timeout 1800 tests/scripts tests/trainers/test_vllm_real.py
 
 .PHONY: test-slow
 test-slow: setup ## only the tests that take longer than half a minute

@@ -37,7 +37,7 @@ from .modeling_autoencoder import (
 )
 from .modeling_latent_heads import HEADS
 from .modeling_patch_decoder import LatentForgePatchDecoder, LatentForgeShortConvolution, compact
-from .modeling_token_loss import TokenLoss, token_loss
+from .modeling_token_loss import SparseTargets, TokenLoss, token_loss
 
 
 logger = logging.get_logger(__name__)
@@ -492,7 +492,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         sample_noise: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         loss_weights: Mapping[str, float] | None = None,
-        distillation: TokenLoss | None = None,
+        distillation: TokenLoss | SparseTargets | None = None,
         distillation_starts: torch.BoolTensor | None = None,
         output_logits: bool = True,
         inputs_embeds: torch.Tensor | None = None,
@@ -515,7 +515,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             loss_weights: weight of each part, `ce`, `kd`, `mse`, `energy`. Default: `ce`, for an energy head `energy`,
                 and both with an autoregressive decoder.
             distillation: teacher's loss per token (nats), see `modeling_token_loss`; part `kd`. Its index points into
-                the flattened `(B * T)` positions.
+                the flattened `(B * T)` positions, which are also the rows of [`SparseTargets`].
             distillation_starts: `(B, T)`, False where `distillation` of a position needs the logits of the one before
                 in the same call.
             output_logits: False, with labels: logits are never made whole.

@@ -7,6 +7,7 @@ needs).
 
 from bisect import bisect_right
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +21,37 @@ MIN_CHUNK_TOKENS = 256
 
 # (logits (C, V) fp32, index (C,) into the M tokens) -> per-token loss (C,)
 TokenLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class SparseTargets(NamedTuple):
+    """A teacher's loss of every token that needs the student's probabilities q at a few ids only.
+
+    `constant - sum(weights * log q[ids]) - tail * log(1 - sum(q over the set of ids))`, in nats. Its gradient is a
+    multiple of q but at those ids, so it rides on the cross-entropy's softmax and costs hardly a pass of its own.
+
+    Attributes:
+        ids: `(M, k)`, all within the vocabulary.
+        weights: `(M, k)`.
+        constant: `(M,)`.
+        tail: `(M,)` mass of the bucket of all other ids; None: there is no bucket.
+        repeated: `(M, k)`, True where a place holds an id that stands in another place of its row too: in a set it
+            counts once. Needed with a tail.
+    """
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    constant: torch.Tensor
+    tail: torch.Tensor | None = None
+    repeated: torch.Tensor | None = None
+
+    def rows(self, index: "slice | torch.Tensor", device: torch.device | None = None) -> "SparseTargets":
+        """Those tokens only, on a device."""
+        return SparseTargets(*(None if part is None else part[index].to(device) for part in self))
+
+    def only(self, says: torch.Tensor) -> "SparseTargets":
+        """Nothing is said where `says (M,)` is False."""
+        tail = None if self.tail is None else self.tail * says
+        return self._replace(weights=self.weights * says[:, None], constant=self.constant * says, tail=tail)
 
 
 def chunk_tokens(vocab_size: int, device_type: str) -> int:
@@ -43,6 +75,61 @@ def chunk_bounds(num_tokens: int, step: int, starts: torch.Tensor | None = None)
     return bounds
 
 
+def _softmax_(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `(C, V)`, overwritten by probabilities times their normaliser -> log-probabilities `(C, k)` at some ids,
+    and the normaliser `(C, 1)`.
+
+    One exponential and no second buffer (`logsumexp` would make one).
+    """
+    highest = logits.amax(-1, keepdim=True)
+    chosen = logits.gather(1, ids).sub_(highest)
+    normaliser = logits.sub_(highest).exp_().sum(-1, keepdim=True)
+    return chosen.sub_(normaliser.log()), normaliser
+
+
+def _sparse_chunk_(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    sparse: SparseTargets,
+    ce_scale: torch.Tensor,
+    kd_scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross-entropy `(C,)`, the teacher's loss `(C,)`, and the gradient of both, scaled by `(C,)` each; it takes the
+    place of the logits.
+
+    With T the ids outside the set and W = sum(weights) + tail, the teacher's part of it is
+    `q * (W - tail * [in T] / q(T))`, less `weights` at the ids.
+    """
+    dtype = logits.dtype
+    ids, weights = sparse.ids, sparse.weights.to(dtype)
+    places = torch.cat([target[:, None], ids], 1)
+    if sparse.tail is None:
+        log_probs, normaliser = _softmax_(logits, places)
+        kd = sparse.constant.to(dtype) - (weights * log_probs[:, 1:]).sum(-1)
+        grad = logits.mul_((ce_scale + kd_scale * weights.sum(-1))[:, None] / normaliser)
+    else:
+        tail = sparse.tail.to(dtype)
+        chosen = logits.gather(1, places)
+        # The tail apart from the set, each with its own maximum: 1 - sum(q) would lose a confident student's tail, and
+        # with it the gradient that brings the mass back.
+        highest = logits.scatter_(1, ids, -torch.inf).amax(-1, keepdim=True)
+        nothing = highest == -torch.inf  # the set is the vocabulary
+        in_tail = logits.sub_(highest.masked_fill(nothing, 0.0)).exp_().sum(-1, keepdim=True).clamp_(min=1.0)
+        log_tail = (highest + in_tail.log())[:, 0]
+        log_set = chosen[:, 1:].masked_fill(sparse.repeated, -torch.inf).logsumexp(-1)
+        log_sum = torch.logaddexp(log_tail, log_set)
+        log_probs = chosen - log_sum[:, None]
+        kd = sparse.constant.to(dtype) - (weights * log_probs[:, 1:]).sum(-1)
+        log_tail = torch.where(nothing[:, 0], 0.0, log_tail - log_sum)
+        kd = kd - tail * log_tail
+        row = ce_scale + kd_scale * (weights.sum(-1) + tail)
+        grad = logits.mul_((row * log_tail.exp() - kd_scale * tail)[:, None] / in_tail)
+        grad.scatter_(1, ids, log_probs[:, 1:].exp() * row[:, None])
+    grad.scatter_add_(1, ids, -kd_scale[:, None] * weights)
+    grad.scatter_add_(1, target[:, None], -ce_scale[:, None])
+    return -log_probs[:, 0], kd, grad
+
+
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, ce_weight, distillation, distillation_weight, distillation_starts):
@@ -62,28 +149,31 @@ class _TokenLoss(torch.autograd.Function):
             valid = target != -100
             grad_logits = None
 
-            if distillation is not None:
-                index = torch.arange(start, stop, device=hidden.device)
-                with torch.enable_grad():
-                    leaf = logits.detach().requires_grad_(need_hidden or need_weight)
-                    kd = distillation(leaf, index).masked_fill(~valid, 0).sum()
-                kd_sum += kd.detach()
-                if leaf.requires_grad and distillation_weight:
-                    (grad_logits,) = torch.autograd.grad(kd, leaf)
-                    grad_logits.mul_(distillation_weight)
-
             safe_target = target.masked_fill(~valid, 0)
-            # softmax in place: one exponential and no second buffer (`logsumexp` would make one)
-            highest = logits.amax(-1, keepdim=True)
-            target_logit = logits.gather(1, safe_target[:, None]).sub_(highest)[:, 0]
-            exponentials = logits.sub_(highest).exp_()
-            normaliser = exponentials.sum(-1)
-            ce_sum += ((normaliser.log() - target_logit) * valid).sum()
-            if (need_hidden or need_weight) and ce_weight:
-                scale = valid.to(sum_dtype) * ce_weight
-                probs = exponentials.mul_((scale / normaliser)[:, None])
-                probs.scatter_add_(1, safe_target[:, None], -scale[:, None])
-                grad_logits = probs if grad_logits is None else grad_logits.add_(probs)
+            ce_scale = valid.to(sum_dtype) * ce_weight
+            if isinstance(distillation, SparseTargets):
+                sparse = distillation.rows(slice(start, stop), logits.device)
+                kd_scale = valid.to(sum_dtype) * distillation_weight
+                ce, kd, grad_logits = _sparse_chunk_(logits, safe_target, sparse, ce_scale, kd_scale)
+                ce_sum += (ce * valid).sum()
+                kd_sum += (kd * valid).sum()
+            else:
+                if distillation is not None:
+                    index = torch.arange(start, stop, device=hidden.device)
+                    with torch.enable_grad():
+                        leaf = logits.detach().requires_grad_(need_hidden or need_weight)
+                        kd = distillation(leaf, index).masked_fill(~valid, 0).sum()
+                    kd_sum += kd.detach()
+                    if leaf.requires_grad and distillation_weight:
+                        (grad_logits,) = torch.autograd.grad(kd, leaf)
+                        grad_logits.mul_(distillation_weight)
+
+                log_probs, normaliser = _softmax_(logits, safe_target[:, None])
+                ce_sum -= (log_probs[:, 0] * valid).sum()
+                if (need_hidden or need_weight) and ce_weight:
+                    probs = logits.mul_(ce_scale[:, None] / normaliser)
+                    probs.scatter_add_(1, safe_target[:, None], -ce_scale[:, None])
+                    grad_logits = probs if grad_logits is None else grad_logits.add_(probs)
 
             if grad_logits is None:
                 if need_hidden:
@@ -121,7 +211,7 @@ def token_loss(
     weight: torch.Tensor,
     targets: torch.Tensor,
     ce_weight: float = 1.0,
-    distillation: TokenLoss | None = None,
+    distillation: TokenLoss | SparseTargets | None = None,
     distillation_weight: float = 0.0,
     distillation_starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -132,8 +222,8 @@ def token_loss(
         weight: `(V, H)`, the output matrix.
         targets: `(M,)` token ids; -100 counts for nothing, in either loss.
         ce_weight, distillation_weight: factors of the two sums in `total`.
-        distillation: per-token loss of one chunk of logits, differentiated by autograd; `index` tells which of the M
-            tokens it sees.
+        distillation: per-token loss of one chunk of logits, differentiated by autograd (`index` tells which of the M
+            tokens it sees), or what a teacher says at a few ids of every token.
         distillation_starts: `(M,)`, False where `distillation` of a token needs the logits of the one before too: no
             chunk begins there, however many tokens it must then hold. Default: anywhere.
 

@@ -3,6 +3,8 @@
     python scripts/build_kd_cache.py --data builtin:python --autoencoder checkpoints/ae --teacher runs/demo/teacher
     python scripts/build_kd_cache.py --data corpus.jsonl --autoencoder checkpoints/ae --teacher Qwen/Qwen3-0.6B-Base \\
         --format parquet --output cache/qwen3 --push_to my-name/qwen3-answers
+    python scripts/build_kd_cache.py --data corpus.jsonl --autoencoder checkpoints/ae --teacher_revision 1a2b3c \\
+        --teacher_dtype bfloat16 --urls http://10.0.0.5:8000/v1 http://10.0.0.6:8000/v1   (vLLM servers of one model)
     python scripts/build_kd_cache.py --copy_from my-name/qwen3-answers --output cache/kd_cache.sqlite
     python scripts/train_student.py --data builtin:python --autoencoder checkpoints/ae \\
         --kd_cache cache/kd_cache.sqlite ...
@@ -10,9 +12,11 @@
 Rows are found again by their tokens: give the data flags, `--block_size`, the codec (or `--tokenizer` and
 `--patch_size`) and `--data_seed` of the training. Held-out rows are labelled too, for its evaluation. Killed at any
 time, the same command goes on where it was: row by row into SQLite, shard by shard into Parquet. `--verify N` then
-scores N random rows again.
+scores N random rows again. A server that is lost drops out, the others do its work, and it returns when it answers
+again.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,8 +26,31 @@ from typing import Any, Literal
 class BuildArguments:
     """Who answers, and where to."""
 
-    teacher: str | None = field(default=None, metadata={"help": "Causal LM: directory or Hub id."})
-    teacher_dtype: str = field(default="auto", metadata={"help": "Of the teacher's weights: auto, float32, bfloat16."})
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "Causal LM: directory or Hub id; with urls the name under which it is served."},
+    )
+    teacher_backend: Literal["hf", "vllm-local"] = field(
+        default="hf",
+        metadata={
+            "help": "In this process: transformers, with full distributions, or vLLM (in the environment of make "
+            "setup-vllm)."
+        },
+    )
+    urls: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "vLLM servers that all serve the same weights; the key is VLLM_REMOTE_API_KEY, of .env or the "
+            "environment."
+        },
+    )
+    teacher_revision: str | None = field(
+        default=None, metadata={"help": "Of the weights; must be said of a server's, which does not tell."}
+    )
+    teacher_dtype: str = field(
+        default="auto",
+        metadata={"help": "Of the weights: auto, float32, bfloat16; must be said of a server's."},
+    )
     device: str | None = field(default=None, metadata={"help": "Of the teacher. Default: cuda where there is one."})
     autoencoder: str | None = field(default=None, metadata={"help": "The codec: gives tokenizer and patch size."})
     tokenizer: str | None = field(default=None, metadata={"help": "Default: the codec's, else the teacher's."})
@@ -45,7 +72,13 @@ class BuildArguments:
         },
     )
     draw_seed: int = field(default=0, metadata={"help": "Of the draws."})
-    batch_size: int = field(default=8, metadata={"help": "Rows that the teacher is asked about at once."})
+    batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows that a teacher is asked about at once. Default: 8, and 64 of a server."},
+    )
+    patience: float = field(
+        default=600.0, metadata={"help": "Seconds that all servers may stay away before this is given up."}
+    )
     rows_per_shard: int = field(default=8192, metadata={"help": "8192 rows of 512 tokens are 250 MB of Parquet."})
 
     verify: int = field(default=0, metadata={"help": "Score so many random rows again and report the difference."})
@@ -60,10 +93,28 @@ class BuildArguments:
             self.output = "cache/kd_cache.sqlite" if self.format == "sqlite" else "cache/kd_cache"
         if self.push_to is not None and self.format != "parquet":
             raise ValueError("push_to needs --format parquet: an SQLite file cannot be streamed from the Hub.")
-        if self.copy_from is not None and (self.teacher is not None or self.format != "sqlite"):
-            raise ValueError("copy_from makes an SQLite store out of Parquet shards: leave out teacher and format.")
-        if self.copy_from is None and self.teacher is None:
-            raise ValueError("teacher is missing: name the model whose answers are wanted.")
+        if self.copy_from is not None and (self.teacher is not None or self.urls or self.format != "sqlite"):
+            raise ValueError(
+                "copy_from makes an SQLite store out of Parquet shards: leave out teacher, urls and format."
+            )
+        if self.copy_from is None and self.teacher is None and not self.urls:
+            raise ValueError(
+                "teacher is missing: name the model whose answers are wanted, or the urls of its servers."
+            )
+        if self.urls:
+            if self.teacher_backend != "hf" or self.device is not None:
+                raise ValueError("urls name servers: leave out teacher_backend and device, which are of this process.")
+            if len(set(self.urls)) < len(self.urls):
+                raise ValueError("urls names a server twice: it would be asked by two threads for nothing.")
+            if self.teacher_revision is None or self.teacher_dtype == "auto":
+                raise ValueError(
+                    "A server does not tell revision and dtype of its weights, and answers that are kept must say "
+                    "them: pass teacher_revision and teacher_dtype."
+                )
+        if self.batch_size is None:
+            self.batch_size = 64 if self.urls else 8
+        if not self.patience > 0:
+            raise ValueError(f"patience must be above 0 seconds, got {self.patience}.")
         for name in ("top_k", "batch_size", "rows_per_shard"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -81,8 +132,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args, data_args = parse_arguments(BuildArguments, DataArguments, argv=argv, description=__doc__)
     if args.copy_from is not None:
         return copy(args.copy_from, args.output)
-    teachers = build_teachers(args)
-    rows, source = load_rows(args, data_args, teachers)
+    tokenizer, patch_size = load_tokenizer(args)
+    teachers = build_teachers(args, tokenizer)
+    rows, source = load_rows(args, data_args, tokenizer, patch_size)
     stored = stored_teacher(teachers)
     num_draws = args.num_draws
     if num_draws is None:
@@ -93,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if args.format == "sqlite"
         else ParquetFolder(args.output, stored, shape, {**source, "rows_per_shard": args.rows_per_shard})
     )
-    pool = TeacherPool(teachers)
+    pool = TeacherPool(teachers, patience=args.patience)
     with progress_bar(len(rows)) as bar:
         statistics = label(rows, pool, target, shape, args.batch_size, args.rows_per_shard, bar.update)
     print(f"{args.output}: {statistics.describe()}")
@@ -108,16 +160,51 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return result
 
 
-def build_teachers(args: BuildArguments) -> list[Any]:
-    """The teachers that share the work: equal ones, wherever they run."""
-    import torch
+# Seconds that one server's requests are tried again before its work goes to the others.
+SERVER_PATIENCE = 20.0
 
-    from trainers.teachers import HFTeacher
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = HFTeacher(args.teacher, dtype=args.teacher_dtype, device=device)  # type: ignore[arg-type]
-    teacher.check()
-    return [teacher]
+def build_teachers(args: BuildArguments, tokenizer: Any) -> list[Any]:
+    """The teachers that share the work: equal ones, wherever they run. Servers that do not answer yet are left out, as
+    long as one does.
+
+    Raises:
+        TeacherUnavailable: none answers.
+        ValueError: one of them cannot do what is asked, or has another tokenizer.
+    """
+    from trainers.teachers import TeacherUnavailable, build_teacher, read_env
+
+    environment = read_env()
+    common: dict[str, Any] = {"dtype": args.teacher_dtype, "revision": args.teacher_revision, "k": args.top_k}
+    if not args.urls:
+        if args.teacher_backend == "vllm-local":
+            return [build_teacher("vllm-local", tokenizer, environment, args.teacher, **common)]
+        import torch
+
+        teacher = build_teacher("hf", tokenizer, environment, args.teacher, **common)
+        teacher.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        teacher.check()
+        return [teacher]
+    teachers, away = [], []
+    patience = args.patience if len(args.urls) == 1 else min(args.patience, SERVER_PATIENCE)
+    for url in args.urls:
+        try:
+            teachers.append(
+                build_teacher(
+                    "vllm-remote",
+                    tokenizer,
+                    environment | {"VLLM_REMOTE_URL": url},
+                    args.teacher,
+                    patience=patience,
+                    **common,
+                )
+            )
+        except TeacherUnavailable as error:
+            away.append(error)
+            print(f"{url} does not answer and is left out: {error}", file=sys.stderr)
+    if not teachers:
+        raise away[0]
+    return teachers
 
 
 def stored_teacher(teachers: Sequence[Any]) -> Any:
@@ -126,28 +213,33 @@ def stored_teacher(teachers: Sequence[Any]) -> Any:
     return common_teacher(teachers)
 
 
-def load_rows(args: BuildArguments, data_args: Any, teachers: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
-    """Training and held-out rows in one, and what they are made of."""
-    from datasets import concatenate_datasets
+def load_tokenizer(args: BuildArguments) -> tuple[Any, int]:
+    """The student's tokenizer, and its patch size."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from trainers import load_blocks
-
-    if data_args.streaming:
-        raise ValueError("streaming: the rows of a store are counted first; drop --streaming.")
     patch_size = args.patch_size
     if args.autoencoder is not None and patch_size is None:
         config = AutoConfig.from_pretrained(args.autoencoder)
         patch_size = getattr(config, "autoencoder_config", config).patch_size
     name = args.tokenizer or args.autoencoder or args.teacher
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    for teacher in teachers:
-        teacher.check_tokenizer(tokenizer)
-    train, held_out = load_blocks(data_args, tokenizer, patch_size or 1, args.data_seed)
+    if name is None:
+        raise ValueError("tokenizer is missing: pass autoencoder or tokenizer, the student's; servers lend none.")
+    return AutoTokenizer.from_pretrained(name), patch_size or 1
+
+
+def load_rows(args: BuildArguments, data_args: Any, tokenizer: Any, patch_size: int) -> tuple[Any, dict[str, Any]]:
+    """Training and held-out rows in one, and what they are made of."""
+    from datasets import concatenate_datasets
+
+    from trainers import load_blocks
+
+    if data_args.streaming:
+        raise ValueError("streaming: the rows of a store are counted first; drop --streaming.")
+    train, held_out = load_blocks(data_args, tokenizer, patch_size, args.data_seed)
     source = {
         "data": data_args.data,
         "block_size": data_args.block_size,
-        "patch_size": patch_size or 1,
+        "patch_size": patch_size,
         "data_seed": args.data_seed,
         "rows": [len(train), len(held_out)],
     }

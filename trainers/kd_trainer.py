@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +170,7 @@ class KDTrainer(LatentTrainer):
                 weights.pop("kd", None)
         kwargs: dict[str, Any] = {"loss_weights": weights, "output_logits": False}
         if signal is not None:
-            kwargs["distillation"] = partial(signal.loss, temperature=self.args.kd_temperature)
+            kwargs["distillation"] = signal.distillation(self.model.config.vocab_size, self.args.kd_temperature)
             if signal.starts is not None:
                 kwargs["distillation_starts"] = signal.starts
         elif away:

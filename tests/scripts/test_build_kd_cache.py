@@ -14,7 +14,8 @@ from scripts import build_kd_cache, train_student
 from tests.conftest import tiny_autoencoder
 from tests.hub_server import HubServer
 from tests.trainers.training_helpers import TEXT, byte_tokenizer, tiny_teacher
-from trainers.teachers import ParquetStore, SQLiteStore
+from trainers.evaluation.loopback_servers import FakeVLLM
+from trainers.teachers import ParquetStore, SQLiteStore, TeacherUnavailable
 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -92,6 +93,38 @@ def test_the_readmes_command_labels_a_data_set(room, tmp_path, monkeypatch):
     assert result["asked"] > 0 and len(SQLiteStore("cache/kd_cache.sqlite")) == result["asked"]
 
 
+def over_urls(room, output, *urls):
+    flags = f"{data_flags(room)} --top_k 12 --teacher_revision 1 --teacher_dtype float32 --batch_size 16"
+    return build_kd_cache.main(f"{flags} --output {output} --urls {' '.join(urls)}".split())
+
+
+def test_a_server_that_is_lost_drops_out_and_the_others_do_its_work(room, tmp_path, monkeypatch, capfd):
+    """Labelling takes days; one of eight machines always fails, and what it had been asked must not be missing."""
+    monkeypatch.setattr(build_kd_cache, "SERVER_PATIENCE", 0.5)
+    monkeypatch.delenv("VLLM_REMOTE_API_KEY", raising=False)
+    model, tokenizer = tiny_teacher(), byte_tokenizer()
+
+    def fails(number):
+        return (500, {}) if 5 < number < 100 else None
+
+    with FakeVLLM(model, tokenizer) as sound, FakeVLLM(model, tokenizer, fault=fails) as failing:
+        away = "http://127.0.0.1:9/v1"
+        result = over_urls(room, tmp_path / "shared.sqlite", away, failing.url, f"{sound.url}/v1")
+        assert result["dropped_out"] >= 1 and failing.scored > 5
+        assert f"{away} does not answer and is left out" in capfd.readouterr().err
+        alone = over_urls(room, tmp_path / "alone.sqlite", sound.url)
+        assert result["asked"] == alone["asked"] > 50 and result["unanswered"] == alone["unanswered"] == 0
+        again = over_urls(room, tmp_path / "shared.sqlite", sound.url)
+        assert again["asked"] == 0, "what one server said is the other's word too"
+
+
+def test_no_server_at_all_is_said_at_once(room, tmp_path, monkeypatch):
+    """A mistyped port would wait for ten minutes, and then store nothing."""
+    monkeypatch.setattr(build_kd_cache, "SERVER_PATIENCE", 0.5)
+    with pytest.raises(TeacherUnavailable, match="127.0.0.1:9"):
+        over_urls(room, tmp_path / "none.sqlite", "http://127.0.0.1:9", "http://127.0.0.1:9/v1")
+
+
 def test_other_data_is_not_found(room, tmp_path):
     """Another data seed moves every block: the student must not train on the few rows that happen to fit."""
     with pytest.raises(Exception, match="lacks .* rows of this batch.*build_kd_cache.py"):
@@ -104,6 +137,10 @@ def test_other_data_is_not_found(room, tmp_path):
         ("", "teacher is missing"),
         ("--teacher x --push_to a/b", "push_to needs --format parquet"),
         ("--teacher x --copy_from a/b", "leave out teacher"),
+        ("--urls http://a", "pass teacher_revision and teacher_dtype"),
+        ("--urls http://a http://a --teacher_revision 1 --teacher_dtype bfloat16", "names a server twice"),
+        ("--urls http://a --teacher_backend vllm-local", "leave out teacher_backend"),
+        ("--teacher x --patience 0", "patience must be above 0"),
         ("--teacher x --top_k 0", "top_k must be at least 1"),
         ("--teacher x --num_draws 30", "num_draws must lie between"),
     ],

@@ -1,8 +1,13 @@
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from modeling_latentforge import modeling_token_loss
+from modeling_latentforge.modeling_token_loss import SparseTargets, token_loss
 from trainers.losses import chunk_divergence, chunk_likelihood_loss, dense_kl, sampled_tail_kl, sparse_kl
+from trainers.losses.divergence import bucket_targets, sampled_tail_targets, sparse_loss
 
 
 def logits(rows: int, vocab: int, scale: float = 3.0) -> torch.Tensor:
@@ -203,7 +208,7 @@ def test_sampled_tail_kl_refuses_what_is_no_head_and_draws():
     ids, values, entropy = head_and_draws(logits(2, 30), 3, 2)
     with pytest.raises(ValueError, match="1 to 5.*got 0.*sparse_kl"):
         sampled_tail_kl(logits(2, 30), ids, values, 0, entropy)
-    with pytest.raises(ValueError, match=r"entropy.*\(1,\).*\(2, 30\)"):
+    with pytest.raises(ValueError, match=r"entropy.*\(1,\).*\(2, 5\)"):
         sampled_tail_kl(logits(2, 30), ids, values, 2, entropy[:1])
     with pytest.raises(ValueError, match=r"\(1, 5\).*\(2, 5\).*\(M, k\)"):
         sampled_tail_kl(logits(2, 30), ids[:1], values, 2, entropy)
@@ -250,3 +255,59 @@ def test_a_chunks_loss_stands_once_at_its_last_token():
     assert loss[[0, 1, 2, 3, 6]].abs().max() == 0
     torch.testing.assert_close(loss[[4, 5]], expected)
     assert (chunk_likelihood_loss(student, targets, torch.full((7,), -1), teacher[:0]) == 0).all()
+
+
+# -- the same, riding on the cross-entropy of a student
+
+
+def output_layer(tokens: int, vocab: int, scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden = (torch.randn(tokens, 16) * scale).double().requires_grad_()
+    weight = torch.randn(vocab, 16).double().requires_grad_()
+    labels = torch.randint(0, vocab, (tokens,))
+    labels[::5] = -100
+    return hidden, weight, labels
+
+
+def stored(tokens: int, vocab: int, form: str) -> SparseTargets:
+    teacher = logits(tokens, vocab).double()
+    if form == "draws":
+        return sampled_tail_targets(*head_and_draws(teacher, 3, 6)[:2], 6, torch.rand(tokens).double(), vocab)
+    ids, values = top(teacher, vocab if form == "whole vocabulary" else 5)
+    values[1, :2] = -9999.0  # absent at the front, where the set of ids begins
+    values[2] = -9999.0  # a row that says nothing
+    values[3] = values[3].log_softmax(-1)  # a row without a tail
+    return bucket_targets(ids, values, vocab)
+
+
+@pytest.mark.parametrize("form", ["draws", "tail bucket", "whole vocabulary"])
+@pytest.mark.parametrize("scale", [0.5, 300.0])  # the second: nearly all of a row's probabilities underflow
+@pytest.mark.parametrize(("ce_weight", "kd_weight"), [(0.4, 0.7), (0.0, 1.0)])
+def test_stored_answers_on_the_cross_entropys_softmax_are_those_of_autograd(
+    monkeypatch, form, scale, ce_weight, kd_weight
+):
+    """The fast form is what students really learn from: a wrong sign at one id would be a wrong teacher."""
+    monkeypatch.setattr(modeling_token_loss, "chunk_tokens", lambda *_: 7)
+    torch.manual_seed(0)
+    hidden, weight, labels = output_layer(20, 12, scale)
+    targets = stored(20, 12, form)
+    fast = token_loss(hidden, weight, labels, ce_weight, targets, kd_weight)
+    slow = token_loss(
+        hidden, weight, labels, ce_weight, lambda logits, index: sparse_loss(logits, targets.rows(index)), kd_weight
+    )
+    for one, other in zip(fast, slow, strict=True):
+        torch.testing.assert_close(one, other)
+    assert fast[2] > 0.01
+    gradients = [torch.autograd.grad(total, (hidden, weight)) for total, *_ in (fast, slow)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_stored_answers_pull_a_confident_student_back():
+    """In fp32 a student's tail of e^-200 is 0, and 1 - sum has neither value nor gradient there."""
+    hidden = torch.tensor([[200.0]], requires_grad=True)
+    weight = torch.tensor([[1.0]] + [[0.0]] * 9)
+    targets = bucket_targets(torch.tensor([[0]]), torch.tensor([[0.5]]).log(), 10)
+    total, _, kd = token_loss(hidden, weight, torch.tensor([0]), 0.0, targets, 1.0)
+    total.backward()
+    torch.testing.assert_close(kd, torch.tensor(0.5 * (200 - math.log(9)) + math.log(0.5)))
+    torch.testing.assert_close(hidden.grad, torch.tensor([[0.5]]))

@@ -143,7 +143,7 @@ def divergence_from_teacher(model: Any, teacher: Any, batches: Iterable[dict[str
             output = model(
                 **batch,
                 loss_weights={"kd": 1.0},
-                distillation=signal.loss,
+                distillation=signal.distillation(model.config.vocab_size),
                 distillation_starts=signal.starts,
                 output_logits=False,
                 num_items_in_batch=1,

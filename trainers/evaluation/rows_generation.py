@@ -186,8 +186,8 @@ def patch_sampling_speed(context: Context, new_tokens: int = 64, repeats: int = 
 
 def stock_tools(context: Context) -> Measured:
     """The tests behind every line of docs/stock_tools.md."""
-    folder = "tests/modeling_latentforge/"
-    files = [folder + name for name in ("test_stock_tools.py", "test_drafting.py", "test_remote_code.py")]
+    names = ("stock_tools", "drafting", "remote_code", "compile", "quantization", "lm_eval")
+    files = [*(f"tests/modeling_latentforge/test_{name}.py" for name in names), "tests/scripts/test_push_to_hub.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     summary = run_or_tell(command, cwd=ROOT).strip().splitlines()[-1]
     return Measured(summary, True)

@@ -263,6 +263,7 @@ def warm_store_slowdown(
     build_student: Callable[[int], Any],
     folder: Path,
     patch_size: int,
+    shape: Shape,
     steps: int = 8,
     repeats: int = 3,
     block_size: int = 512,
@@ -277,7 +278,7 @@ def warm_store_slowdown(
     for file in folder.glob("warm.sqlite*"):  # of an earlier code
         file.unlink()
     store = SQLiteStore(path)
-    label(blocks, TeacherPool([teacher]), store, Shape(20))
+    label(blocks, TeacherPool([teacher]), store, shape)
     store.close()
     times: dict[str, list[np.ndarray]] = {"without": [], "with": []}
     found = 0

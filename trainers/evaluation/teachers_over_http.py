@@ -283,7 +283,7 @@ def vllm_environment() -> dict[str, str]:
 
 
 @contextmanager
-def vllm_server(python: Path, folder: Path, log: Path) -> Iterator[str]:
+def vllm_server(python: Path, folder: Path, log: Path, max_model_len: int = 256) -> Iterator[str]:
     """The real server on a free port, started as `make serve-teacher` does."""
     import socket
     import urllib.request
@@ -292,7 +292,7 @@ def vllm_server(python: Path, folder: Path, log: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(python), "scripts/serve_teacher.py", "--teacher", str(folder), "--port", str(port), "--"]
-    command += ["--served-model-name", "teacher", "--dtype", "float32", "--max-model-len", "256"]
+    command += ["--served-model-name", "teacher", "--dtype", "float32", "--max-model-len", str(max_model_len)]
     command += ["--max-num-seqs", "16", "--enforce-eager"]
     with open(log, "w") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=vllm_environment(), stdout=out, stderr=subprocess.STDOUT)
@@ -313,8 +313,14 @@ def vllm_server(python: Path, folder: Path, log: Path) -> Iterator[str]:
         process.wait(60)
 
 
-def run_parity(python: Path, folder: Path, log: Path, url: str | None = None) -> dict[str, Any]:
-    command = [str(python), "-m", "trainers.evaluation.vllm_parity", str(folder), *(["--url", url] if url else [])]
+def run_parity(python: Path, folder: Path, log: Path, dtype: str = "float32") -> dict[str, Any]:
+    """[`vllm_parity`] of vLLM in a process of its own environment."""
+    return run_with_vllm(python, log, "trainers.evaluation.vllm_parity", str(folder), "--dtype", dtype)
+
+
+def run_with_vllm(python: Path, log: Path, module: str, *arguments: str) -> dict[str, Any]:
+    """The last line that a module prints there, read as JSON."""
+    command = [str(python), "-m", module, *arguments]
     with open(log, "w") as out:
         done = subprocess.run(
             command, cwd=ROOT, env=vllm_environment(), stdout=subprocess.PIPE, stderr=out, text=True, check=False
@@ -339,6 +345,7 @@ def scoring_backends(context: Context) -> Measured:
     python = vllm_python()
     if python is not None:
         found["vLLM in process"] = run_parity(python, folder, context.work_dir / "local.log")
+        in_bf16 = run_parity(python, folder, context.work_dir / "local_bf16.log", "bfloat16")
         with vllm_server(python, folder, context.work_dir / "server.log") as url:
             teacher = VLLMServerTeacher(url, tokenizer)
             found[f"vLLM server, {teacher.path}"] = parity(teacher, folder)
@@ -346,10 +353,34 @@ def scoring_backends(context: Context) -> Measured:
             found["vLLM server, /v1/completions"] = parity(teacher, folder)
             teacher.close()
     figure = "; ".join(f"{name} {entry['max_error']:.1e}" for name, entry in found.items())
-    if python is None:
+    if python is not None:
+        figure += f"; both in bf16 {in_bf16['max_error']:.1e}, {in_bf16['tokens_with_other_ids']} of "
+        figure += f"{in_bf16['tokens']} tokens with other ids (no target)"
+    else:
         figure += "; vLLM is not installed (make setup-vllm), so no real process was asked"
     passed = python is not None and all(entry["max_error"] <= 1e-4 for entry in found.values())
     return Measured(figure, passed, found)
+
+
+def labelling(context: Context) -> Measured:
+    """Tokens/s into a store, against what the same vLLM does for nobody."""
+    python = vllm_python()
+    if python is None:
+        raise RuntimeError("vLLM is not installed: make setup-vllm")
+    folder, module = context.work_dir / "small", "trainers.evaluation.vllm_labelling"
+    if not (folder / "config.json").exists():
+        save_tiny(folder, hidden_size=256, num_layers=4, positions=1024)
+    store = str(context.work_dir / "labelled.sqlite")
+    found = {"in process": run_with_vllm(python, context.work_dir / "local.log", module, str(folder), store)}
+    with vllm_server(python, folder, context.work_dir / "server.log", max_model_len=1024) as url:
+        log = context.work_dir / "client.log"
+        found["over HTTP"] = run_with_vllm(python, log, module, str(folder), store, "--url", url)
+    figure = "; ".join(
+        f"{name} ({one['path']}) {one['share']:.2f}x: {one['tokens_per_second']['labelled']:.0f} tokens/s of "
+        f"{max(one['tokens_per_second'].values()):.0f}"
+        for name, one in found.items()
+    )
+    return Measured(figure, all(one["share"] >= 0.9 for one in found.values()), found)
 
 
 HTTP_ROWS = [
@@ -380,5 +411,13 @@ HTTP_ROWS = [
         "largest error <= 1e-4",
         scoring_backends,
         setup="random Qwen3 2 x 64, V=258, 4 rows of 96 bytes, top 20",
+    ),
+    Row(
+        "labelling",
+        "labelling into a SQLite store with the real vLLM, tokens/s against its own scoring of the same rows",
+        ">= 0.9x of vLLM alone in process; >= 0.9x of the endpoint's ceiling over HTTP",
+        labelling,
+        setup="random Qwen3 4 x 256, V=258, fp32; 256 rows of 512 tokens, top 20; ceiling: answers thrown away "
+        "unread, best of 4, 8, 16 at once; medians of 3 in turns; server, client and store share two cores",
     ),
 ]

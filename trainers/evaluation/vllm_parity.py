@@ -18,7 +18,7 @@ import torch
 ROWS, LENGTH, K = 4, 96, 20
 
 
-def save_tiny(folder: Path) -> None:
+def save_tiny(folder: Path, hidden_size: int = 64, num_layers: int = 2, positions: int = 256) -> None:
     """A random Qwen3 of head sizes that vLLM's CPU kernels know, over bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -32,25 +32,25 @@ def save_tiny(folder: Path) -> None:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=len(fast),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 32,
         head_dim=32,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         initializer_range=0.2,
         eos_token_id=fast.eos_token_id,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
 
 
-def parity(teacher: Any, folder: Path) -> dict[str, Any]:
-    """Largest difference of a teacher's log-probabilities from transformers' fp32 forward, over rows of text and with
-    masked tokens; and the share of tokens with other ids in the top k."""
+def parity(teacher: Any, folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Largest difference of a teacher's log-probabilities from transformers' forward, over rows of text and with
+    masked tokens; and the number of tokens with other ids in the top k."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     text = Path(__file__).read_bytes()
     ids = torch.tensor(list(teacher.tokenizer(text.decode())["input_ids"][: ROWS * LENGTH])).view(ROWS, LENGTH)
     mask = torch.ones_like(ids)
@@ -77,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--url", help="of a server that serves the folder; default: vLLM in this process")
+    parser.add_argument("--dtype", default="float32", help="of both sides")
     arguments = parser.parse_args()
     from transformers import AutoTokenizer
 
@@ -88,11 +89,15 @@ def main() -> None:
         teacher = VLLMServerTeacher(arguments.url, tokenizer, k=K)
     else:
         teacher = VLLMLocalTeacher(
-            str(arguments.folder), tokenizer, k=K, dtype="float32", max_model_len=128, enforce_eager=True
+            str(arguments.folder), tokenizer, k=K, dtype=arguments.dtype, max_model_len=128, enforce_eager=True
         )
     try:
         teacher.check()
-        found = {"teacher": repr(teacher), "path": getattr(teacher, "path", None), **parity(teacher, arguments.folder)}
+        found = {
+            "teacher": repr(teacher),
+            "path": getattr(teacher, "path", None),
+            **parity(teacher, arguments.folder, getattr(torch, arguments.dtype)),
+        }
     finally:
         teacher.close()
     sys.stdout.write("\n" + json.dumps(found) + "\n")

@@ -11,6 +11,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from modeling_latentforge.modeling_token_loss import SparseTargets
+
 
 # A log-probability at or below this stands for "no entry": servers write -inf as -9999, padding may use any large
 # negative number.
@@ -101,20 +103,17 @@ def refuse_temperature(temperature: float) -> None:
 
 
 def _present_entries(
-    student_logits: torch.Tensor, ids: torch.Tensor, logprobs: torch.Tensor, prefix: str = ""
+    ids: torch.Tensor, logprobs: torch.Tensor, vocab_size: int, prefix: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Stored entries `(M, k)` -> ids that may be gathered (0 where absent), and which are present.
 
     Raises:
         ValueError: unequal shapes, or a present id outside the student's vocabulary.
     """
-    if ids.shape != logprobs.shape or ids.shape[:-1] != student_logits.shape[:-1]:
+    if ids.shape != logprobs.shape or ids.ndim != 2:
         raise ValueError(
-            f"`{prefix}ids` {tuple(ids.shape)} and `{prefix}logprobs` {tuple(logprobs.shape)} must both be (M, k), "
-            "with the M of the student's "
-            f"logits {tuple(student_logits.shape)}."
+            f"`{prefix}ids` {tuple(ids.shape)} and `{prefix}logprobs` {tuple(logprobs.shape)} must both be (M, k)."
         )
-    vocab_size = student_logits.shape[-1]
     # NaN counts as absent
     present = logprobs > ABSENT_LOGPROB
     ids = ids.long()
@@ -152,10 +151,17 @@ def sparse_kl(
             or another temperature.
     """
     refuse_temperature(temperature)
-    top_ids, present = _present_entries(student_logits, top_ids, top_logprobs, "top_")
-    vocab_size = student_logits.shape[-1]
-    student = _logprobs(student_logits, 1.0).clamp(min=MIN_LOGPROB)  # (M, V)
-    logprobs = _float(top_logprobs.detach()).masked_fill(~present, 0.0).to(student.dtype)
+    return sparse_loss(student_logits, bucket_targets(top_ids, top_logprobs, student_logits.shape[-1]))
+
+
+def bucket_targets(top_ids: torch.Tensor, top_logprobs: torch.Tensor, vocab_size: int) -> SparseTargets:
+    """[`sparse_kl`] of tokens `(M, k)` as data, for a loss that never holds all their logits.
+
+    Raises:
+        ValueError: as [`sparse_kl`].
+    """
+    top_ids, present = _present_entries(top_ids, top_logprobs, vocab_size, "top_")
+    logprobs = _float(top_logprobs.detach()).masked_fill(~present, 0.0)
     probs = logprobs.exp() * present
     mass = probs.sum(-1)
     # stored with few digits, the k probabilities can sum to slightly more than one
@@ -163,17 +169,44 @@ def sparse_kl(
     probs, logprobs = probs / excess[:, None], logprobs - excess.log()[:, None]
     tail = 1.0 - (mass / excess)
     has_tail = (tail > MIN_TAIL) & present.any(-1) & (present.sum(-1) < vocab_size)
+    tail = torch.where(has_tail, tail, 0.0)
+    # An absent place repeats an id of its row, so that the set is that of the present ones; a row that says nothing
+    # has a set of one, of no weight.
+    first = present.int().argmax(-1, keepdim=True)
+    ids = torch.where(present, top_ids, top_ids.gather(-1, first))
+    repeated = (~present).scatter(-1, first, False)
+    constant = (probs * logprobs).sum(-1) + torch.xlogy(tail, tail)
+    return SparseTargets(ids, probs, constant, tail, repeated)
 
-    head = (probs * (logprobs - student.gather(1, top_ids))).sum(-1)
+
+def sparse_loss(student_logits: torch.Tensor, targets: SparseTargets) -> torch.Tensor:
+    """What [`SparseTargets`] says, differentiated by autograd.
+
+    Raises:
+        ValueError: other tokens than the targets'.
+    """
+    if student_logits.shape[:-1] != targets.constant.shape:
+        raise ValueError(
+            f"`ids` {tuple(targets.ids.shape)} must be (M, k), with the M of the student's logits "
+            f"{tuple(student_logits.shape)}."
+        )
+    student = _logprobs(student_logits, 1.0)  # (M, V)
+    dtype = student.dtype
+    # an id forbidden by the student (-inf) would give 0 * inf
+    loss = targets.constant.to(dtype) - (
+        targets.weights.to(dtype) * student.gather(1, targets.ids).clamp(min=MIN_LOGPROB)
+    ).sum(-1)
+    if targets.tail is None:
+        return loss
     # The student's tail as a log-sum over the other ids, not log(1 - sum): that would lose the value, and with it the
     # gradient that brings the mass back, once a confident student has less than 1e-7 there. Rows without a tail keep
     # every id, so that nothing is log(0).
-    in_top = torch.zeros_like(student, dtype=torch.bool)
-    rows = torch.arange(student.shape[0], device=student.device)[:, None].expand_as(top_ids)
-    in_top[rows[present], top_ids[present]] = True
-    student_tail = student.masked_fill(in_top & has_tail[:, None], -torch.inf).logsumexp(-1)
-    teacher_tail = torch.where(has_tail, tail, 1.0).log()
-    return head + torch.where(has_tail, tail * (teacher_tail - student_tail), 0.0)
+    has_tail = targets.tail > 0
+    in_set = torch.zeros_like(student, dtype=torch.bool).scatter_(
+        1, targets.ids, has_tail[:, None].expand_as(targets.ids)
+    )
+    student_tail = student.masked_fill(in_set, -torch.inf).logsumexp(-1)
+    return loss - torch.where(has_tail, targets.tail.to(dtype) * student_tail, 0.0)
 
 
 def sampled_tail_kl(
@@ -206,21 +239,26 @@ def sampled_tail_kl(
     Raises:
         ValueError: unequal shapes, `num_draws` out of range, or a present id outside the student's vocabulary.
     """
+    return sparse_loss(
+        student_logits, sampled_tail_targets(ids, logprobs, num_draws, entropy, student_logits.shape[-1])
+    )
+
+
+def sampled_tail_targets(
+    ids: torch.Tensor, logprobs: torch.Tensor, num_draws: int, entropy: torch.Tensor, vocab_size: int
+) -> SparseTargets:
+    """[`sampled_tail_kl`] of tokens `(M, k)` as data, for a loss that never holds all their logits.
+
+    Raises:
+        ValueError: as [`sampled_tail_kl`].
+    """
     if not 1 <= num_draws <= ids.shape[-1]:
         raise ValueError(
             f"`num_draws` must lie in 1 to {ids.shape[-1]} (entries of a token), got {num_draws}. Without draws the "
             "tail is one bucket: use `sparse_kl`."
         )
-    if entropy.shape != student_logits.shape[:-1]:
-        raise ValueError(
-            f"`entropy` {tuple(entropy.shape)} must be (M,), with the M of the student's logits "
-            f"{tuple(student_logits.shape)}."
-        )
-    ids, present = _present_entries(student_logits, ids, logprobs)
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    weights = logprobs.detach().to(dtype).masked_fill(~present, -torch.inf).exp()
-    # Autograd's own chain: measured for 1024 tokens of a vocabulary of 4096 on one core, 7.4 ms, where the gradient in
-    # closed form took 10.0 (and `dense_kl` takes 24).
-    student = _logprobs(student_logits, 1.0).gather(-1, ids).clamp(min=MIN_LOGPROB)
-    cross_entropy = -(weights * student).sum(-1)
-    return cross_entropy - torch.where(present.any(-1), entropy.detach().to(dtype), 0.0)
+    ids, present = _present_entries(ids, logprobs, vocab_size)
+    if entropy.shape != ids.shape[:-1]:
+        raise ValueError(f"`entropy` {tuple(entropy.shape)} must be (M,), with the M of `ids` {tuple(ids.shape)}.")
+    weights = _float(logprobs.detach()).masked_fill(~present, -torch.inf).exp()
+    return SparseTargets(ids, weights, -torch.where(present.any(-1), _float(entropy.detach()), 0.0))

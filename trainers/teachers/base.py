@@ -10,12 +10,22 @@ positions), so no form of the signal needs (B, T, V).
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from modeling_latentforge.modeling_token_loss import SparseTargets, TokenLoss
+
 from ..losses.chunk_likelihood import chunk_likelihood_loss
-from ..losses.divergence import ABSENT_LOGPROB, dense_kl, refuse_temperature, sampled_tail_kl, sparse_kl
+from ..losses.divergence import (
+    ABSENT_LOGPROB,
+    bucket_targets,
+    dense_kl,
+    refuse_temperature,
+    sampled_tail_targets,
+    sparse_loss,
+)
 
 
 def speaking_positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -93,10 +103,25 @@ class TeacherSignal(ABC):
         self.check_vocabulary(student_logits.shape[-1])
         if self.positions is None:
             return self.divergence(student_logits, index, temperature)
+        asked, says = self._speaking(index)
+        loss = self.divergence(student_logits, asked, temperature)
+        return torch.where(says.to(loss.device), loss, 0.0)
+
+    def _speaking(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which place speaks for each of `index (M,)`, and whether any does."""
+        assert self.positions is not None
         length = self.positions.shape[1]
         position = self.positions.flatten()[index.to(self.positions.device)].to(index.device)
-        loss = self.divergence(student_logits, index // length * length + position.clamp(min=0), temperature)
-        return torch.where((position >= 0).to(loss.device), loss, 0.0)
+        return index // length * length + position.clamp(min=0), position >= 0
+
+    def distillation(self, student_size: int, temperature: float = 1.0) -> TokenLoss | SparseTargets:
+        """What a student with `student_size` columns takes as `distillation`: [`loss`], in the form that is fastest.
+
+        Raises:
+            ValueError: the vocabularies differ, or the signal cannot be brought to `temperature`.
+        """
+        self.check_vocabulary(student_size)
+        return partial(self.loss, temperature=temperature)
 
     @abstractmethod
     def divergence(self, student_logits: torch.Tensor, index: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -214,19 +239,29 @@ class SparseSignal(TeacherSignal):
             return present
         return present.gather(1, self.positions.clamp(min=0)) & (self.positions >= 0)
 
-    def divergence(self, student_logits: torch.Tensor, index: torch.Tensor, temperature: float) -> torch.Tensor:
-        index = index.to(self.top_ids.device)
-        top_ids = self.top_ids.flatten(0, 1)[index].to(student_logits.device)
-        top_logprobs = self.top_logprobs.flatten(0, 1)[index].to(student_logits.device)
-        if student_logits.shape[-1] < self.vocab_size:
-            # padded columns of the teacher: no text holds them, their mass falls into the tail
-            top_logprobs = top_logprobs.masked_fill(top_ids >= student_logits.shape[-1], 10 * ABSENT_LOGPROB)
-        if not self.num_draws:
-            return sparse_kl(student_logits, top_ids, top_logprobs, temperature)
+    def distillation(self, student_size: int, temperature: float = 1.0) -> SparseTargets:
+        self.check_vocabulary(student_size)
         refuse_temperature(temperature)
+        if self.positions is None:
+            return self._targets(slice(None), student_size)
+        asked, says = self._speaking(torch.arange(self.positions.numel(), device=self.top_ids.device))
+        return self._targets(asked, student_size).only(says)
+
+    def divergence(self, student_logits: torch.Tensor, index: torch.Tensor, temperature: float) -> torch.Tensor:
+        refuse_temperature(temperature)
+        targets = self._targets(index.to(self.top_ids.device), student_logits.shape[-1])
+        return sparse_loss(student_logits, targets.rows(slice(None), student_logits.device))
+
+    def _targets(self, index: slice | torch.Tensor, student_size: int) -> SparseTargets:
+        """Of positions `index` into the flattened B * T."""
+        top_ids, top_logprobs = self.top_ids.flatten(0, 1)[index], self.top_logprobs.flatten(0, 1)[index]
+        if student_size < self.vocab_size:
+            # padded columns of the teacher: no text holds them, their mass falls into the tail
+            top_logprobs = top_logprobs.masked_fill(top_ids >= student_size, 10 * ABSENT_LOGPROB)
+        if not self.num_draws:
+            return bucket_targets(top_ids, top_logprobs, student_size)
         assert self.entropy is not None  # see __post_init__
-        entropy = self.entropy.flatten()[index].to(student_logits.device)
-        return sampled_tail_kl(student_logits, top_ids, top_logprobs, self.num_draws, entropy)
+        return sampled_tail_targets(top_ids, top_logprobs, self.num_draws, self.entropy.flatten()[index], student_size)
 
 
 @dataclass

@@ -15,7 +15,8 @@ from .base import TeacherCapabilities
 from .env import Secret
 from .flow import BadReply, FlowConfig
 from .http_server import HTTPServer, RequestRefused
-from .scored import ABSENT, tokenizer_hash
+from .identity import tokenizer_hash
+from .scored import ABSENT
 from .written import WrittenText
 
 

@@ -4,8 +4,6 @@ T tokens of a row, k entries. A scored row is a pair `(ids (T - 1, k), logprobs 
 first: entry t speaks about token t + 1. The last token's successor is not scored; nothing is trained on it.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,7 +11,7 @@ import numpy as np
 import torch
 
 from ..losses.divergence import ABSENT_LOGPROB
-from .base import SparseSignal, speaking_positions, tokenizer_fingerprint
+from .base import SparseSignal, speaking_positions
 from .flow import BadReply
 
 
@@ -22,12 +20,6 @@ ScoredRow = tuple[np.ndarray, np.ndarray]
 ABSENT = 10 * ABSENT_LOGPROB
 # logprobs are of fp32 or narrower forwards: their exponentials may sum to a little more than one
 MASS_SLACK = 1e-2
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Of [`tokenizer_fingerprint`]: equal for tokenizers that mean the same text by the same ids."""
-    text = json.dumps([len(tokenizer), tokenizer_fingerprint(tokenizer)], separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def check_score_temperature(temperature: float) -> None:

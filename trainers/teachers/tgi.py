@@ -15,7 +15,8 @@ from .base import PROBES, TeacherCapabilities
 from .env import Secret, check_url
 from .flow import BadReply, Flow, FlowConfig, RequestFailed, told_wait
 from .http_server import PASSING, RequestRefused
-from .scored import ABSENT, tokenizer_hash
+from .identity import tokenizer_hash
+from .scored import ABSENT
 from .written import WrittenText
 
 

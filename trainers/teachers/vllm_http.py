@@ -1,9 +1,9 @@
 """A vLLM server as teacher: it scores our token ids (`prompt_logprobs`)."""
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,8 @@ from .base import PROBES, SparseSignal, TeacherCapabilities, TeacherIdentity
 from .env import Secret
 from .flow import BadReply, FlowConfig
 from .http_server import HTTPServer, RequestRefused
-from .scored import ScoredRow, check_row, check_score_temperature, score_batch, tokenizer_hash
+from .identity import tokenizer_hash
+from .scored import ScoredRow, check_row, check_score_temperature, score_batch
 
 
 GENERATE, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
@@ -206,22 +207,19 @@ class VLLMServerTeacher:
             )
         if len(rows) != len(ids):
             raise BadReply(f"{where}: {len(rows)} rows of prompt_logprobs for {len(ids)} tokens.")
-        top_ids = np.zeros((len(ids) - 1, self.k), dtype=np.int64)
-        top_logprobs = np.empty((len(ids) - 1, self.k), dtype=np.float64)
-        for place, (row, target) in enumerate(zip(rows[1:], ids[1:], strict=True)):
-            try:
-                entries = sorted(((_logprob(entry["logprob"]), int(i)) for i, entry in row.items()), reverse=True)
-            except (AttributeError, KeyError, TypeError, ValueError):
-                raise BadReply(f"{where}: token {place + 1} of {len(ids)} has no log-probabilities.") from None
-            if len(entries) < self.k or str(target) not in row:
+        try:
+            entry_ids, logprobs = _table(rows[1:])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            broken = next(place for place, row in enumerate(rows[1:], 1) if not _is_readable(row))
+            raise BadReply(f"{where}: token {broken} of {len(ids)} has no log-probabilities.") from None
+        for place, (row, target) in enumerate(zip(rows[1:], ids[1:], strict=True), 1):
+            if len(row) < self.k or str(target) not in row:
                 raise BadReply(
-                    f"{where}: token {place + 1} has {len(entries)} log-probabilities, asked for the {self.k} most "
-                    "likely ids and the given one."
+                    f"{where}: token {place} has {len(row)} log-probabilities, asked for the {self.k} most likely ids "
+                    "and the given one."
                 )
-            if any(math.isnan(value) for value, _ in entries):
-                top_logprobs[place] = math.nan  # sorting is undefined; the check below speaks about it
-                continue
-            top_logprobs[place], top_ids[place] = zip(*entries[: self.k], strict=True)
+        order = np.lexsort((entry_ids, logprobs), axis=-1)[:, : -self.k - 1 : -1]  # NaN first: the check speaks of it
+        top_ids, top_logprobs = (np.take_along_axis(values, order, -1) for values in (entry_ids, logprobs))
         check_row(top_ids, top_logprobs, where)
         return top_ids, top_logprobs
 
@@ -246,7 +244,29 @@ def _list(reply: Any, name: str) -> list[Any]:
     return value
 
 
-def _logprob(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(value)
-    return float(value)
+def _table(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Entries of every token (`{id: {"logprob": ...}}`) -> ids and log-probabilities `(T, most entries)`, absent ones
+    -inf. Vectors and not a loop over tokens: ten thousand entries come with a row, and the reader shares a core with
+    the server or the training.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: some token's entries are none.
+    """
+    counts = np.fromiter(map(len, rows), np.int64, len(rows))
+    values = [entry["logprob"] for row in rows for entry in row.values()]
+    if not set(map(type, values)) <= {float, int}:
+        raise TypeError("a log-probability is no number")
+    shape = (len(rows), max(counts, default=0))
+    present = np.arange(shape[1]) < counts[:, None]
+    ids, logprobs = np.zeros(shape, np.int64), np.full(shape, -np.inf)
+    ids[present] = np.fromiter(map(int, chain.from_iterable(rows)), np.int64, len(values))
+    logprobs[present] = values
+    return ids, logprobs
+
+
+def _is_readable(row: Any) -> bool:
+    try:
+        _table([row])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return True

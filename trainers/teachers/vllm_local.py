@@ -13,7 +13,8 @@ import torch
 
 from .base import SparseSignal, TeacherCapabilities, TeacherIdentity, check_same_tokenizer
 from .flow import BadReply
-from .scored import ScoredRow, check_row, check_score_temperature, score_batch, tokenizer_hash
+from .identity import tokenizer_hash
+from .scored import ScoredRow, check_row, check_score_temperature, score_batch
 
 
 class VLLMLocalTeacher:
