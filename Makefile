@@ -44,11 +44,16 @@ ROW ?=
 # Without a teacher of your own, a small token model is trained and distilled; with one, its tokenizer is everybody's.
 TEACHER_MODEL = $(or $(TEACHER),$(CHECKPOINTS)/teacher)
 TOKENIZER = $(or $(TEACHER),$(CHECKPOINTS)/tokenizer)
+# A codec that is there has its own K: teacher and student take it from there, and another one is refused.
+CODEC_K = $(shell sed -n 's/.*"patch_size": *\([0-9][0-9]*\).*/\1/p' $(CHECKPOINTS)/ae/config.json 2>/dev/null)
+PATCH_SIZE = $(or $(CODEC_K),$(K))
 # the recipe's blocks are of 2048 tokens: for a K that does not divide them, as many whole patches
-BLOCK_SIZE ?= $(shell [ "$(K)" -gt 0 ] 2>/dev/null && [ $$((2048 % $(K))) -ne 0 ] && expr 2048 / "$(K)" \* "$(K)")
+whole_blocks = $(shell [ "$(1)" -gt 0 ] 2>/dev/null && [ $$((2048 % $(1))) -ne 0 ] && expr 2048 / "$(1)" \* "$(1)")
+BLOCK_SIZE ?=
 # the recipes warm up for 1000 and 2000 steps, more than a small corpus has: here it is a share of all steps
-LENGTH = $(if $(BLOCK_SIZE),--block_size "$(BLOCK_SIZE)") $(if $(EPOCHS),--num_train_epochs "$(EPOCHS)") $(if $(STEPS),--max_steps "$(STEPS)") \
+length = $(addprefix --block_size ,$(or $(BLOCK_SIZE),$(call whole_blocks,$(1)))) $(if $(EPOCHS),--num_train_epochs "$(EPOCHS)") $(if $(STEPS),--max_steps "$(STEPS)") \
 	$(if $(BATCH_SIZE),--per_device_train_batch_size "$(BATCH_SIZE)") --warmup_steps 0.05
+LENGTH = $(call length,$(PATCH_SIZE))
 
 # text a person types reaches the shell as environment, whatever quotes and dollars it holds
 export DATA_TEXT := $(value DATA)
@@ -94,18 +99,24 @@ toy: setup ## write a toy data set, data/toy.jsonl
 train-ae: setup $(if $(TEACHER),,$(CHECKPOINTS)/tokenizer/tokenizer.json) ## train the codec (DATA K D EPOCHS BATCH_SIZE STEPS)
 	$(BIN)/python scripts/train_autoencoder.py --config $(RECIPE):autoencoder \
 		--data="$$DATA_TEXT" --tokenizer "$(TOKENIZER)" --output_dir $(CHECKPOINTS)/ae \
-		--patch_size "$(K)" --latent_size "$(D)" $(LENGTH)
+		--patch_size "$(K)" --latent_size "$(D)" $(call length,$(K))
 
 .PHONY: train-student
-train-student: setup $(CHECKPOINTS)/ae/config.json $(if $(TEACHER),,$(CHECKPOINTS)/teacher/config.json) ## train the student (DATA TEACHER KD_W MSE_W CE_W EPOCHS BATCH_SIZE STEPS)
+train-student: setup $(CHECKPOINTS)/ae/config.json check-k $(if $(TEACHER),,$(CHECKPOINTS)/teacher/config.json) ## train the student (DATA TEACHER KD_W MSE_W CE_W EPOCHS BATCH_SIZE STEPS)
 	$(BIN)/python scripts/train_student.py --config $(RECIPE):student \
 		--data="$$DATA_TEXT" --autoencoder $(CHECKPOINTS)/ae --teacher_backend hf --teacher "$(TEACHER_MODEL)" --output_dir $(CHECKPOINTS)/student \
 		--kd_weight "$(KD_W)" --mse_weight "$(MSE_W)" --ce_weight "$(CE_W)" $(LENGTH) $(EXTRA)
 
+.PHONY: check-k
+check-k: | $(CHECKPOINTS)/ae/config.json
+	@[ "$(origin K)" = file ] || [ -z "$(CODEC_K)" ] || [ "$(K)" = "$(CODEC_K)" ] || { \
+		echo "K is $(K), and the codec in $(CHECKPOINTS)/ae has $(CODEC_K): leave K out, or make train-ae K=$(K) first" >&2; exit 2; }
+
 # -- teachers that are elsewhere: addresses and keys stand in .env (see .env.example), never in flags
 
+# what they say is known at temperature 1 only, and the recipe has another
 REMOTE_STUDENT = scripts/train_student.py --config $(RECIPE):student --data="$$DATA_TEXT" \
-	--autoencoder $(CHECKPOINTS)/ae --output_dir $(CHECKPOINTS)/student \
+	--autoencoder $(CHECKPOINTS)/ae --output_dir $(CHECKPOINTS)/student --kd_temperature 1 \
 	--kd_weight "$(KD_W)" --mse_weight "$(MSE_W)" --ce_weight "$(CE_W)" $(LENGTH) $(if $(TEACHER),--teacher "$(TEACHER)") $(EXTRA)
 
 .PHONY: check-api
@@ -113,15 +124,15 @@ check-api: setup ## models, limits and modes of the teacher that .env names (TEA
 	$(BIN)/python scripts/check_api.py $(if $(wildcard $(CHECKPOINTS)/ae/config.json),--tokenizer $(CHECKPOINTS)/ae)
 
 .PHONY: train-student-venice
-train-student-venice: setup $(CHECKPOINTS)/ae/config.json ## teacher writes over Venice; needs VENICE_API_KEY, VENICE_MODEL, a codec with its tokenizer
+train-student-venice: setup $(CHECKPOINTS)/ae/config.json check-k ## teacher writes over Venice; needs VENICE_API_KEY, VENICE_MODEL, a codec with its tokenizer
 	$(BIN)/python $(REMOTE_STUDENT) --teacher_backend venice
 
 .PHONY: train-student-vllm-remote
-train-student-vllm-remote: setup $(CHECKPOINTS)/ae/config.json ## teacher scores in a vLLM server; needs VLLM_REMOTE_URL
+train-student-vllm-remote: setup $(CHECKPOINTS)/ae/config.json check-k ## teacher scores in a vLLM server; needs VLLM_REMOTE_URL
 	$(BIN)/python $(REMOTE_STUDENT) --teacher_backend vllm-remote
 
 .PHONY: train-student-vllm-local
-train-student-vllm-local: setup-vllm $(CHECKPOINTS)/ae/config.json ## teacher scores by vLLM in the training process; needs VLLM_LOCAL_MODEL, setup-vllm
+train-student-vllm-local: setup-vllm $(CHECKPOINTS)/ae/config.json check-k ## teacher scores by vLLM in the training process; needs VLLM_LOCAL_MODEL, setup-vllm
 	$(VLLM_VENV)/bin/python $(REMOTE_STUDENT) --teacher_backend vllm-local
 
 .PHONY: setup-vllm
@@ -156,7 +167,7 @@ $(CHECKPOINTS)/tokenizer/tokenizer.json: | setup
 
 $(CHECKPOINTS)/teacher/config.json: | setup $(CHECKPOINTS)/tokenizer/tokenizer.json
 	$(BIN)/python scripts/train_teacher.py --data="$$DATA_TEXT" --tokenizer $(CHECKPOINTS)/tokenizer \
-		--output_dir $(CHECKPOINTS)/teacher --patch_size "$(K)" $(LENGTH)
+		--output_dir $(CHECKPOINTS)/teacher --patch_size "$(PATCH_SIZE)" $(LENGTH)
 
 $(CHECKPOINTS)/ae/config.json:
 	$(MAKE) train-ae

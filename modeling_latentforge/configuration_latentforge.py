@@ -66,11 +66,14 @@ def _build_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrained
     model_type = fields.pop("model_type", "llama")
     fields |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     try:
-        return AutoConfig.for_model(model_type, **fields)
+        built = AutoConfig.for_model(model_type, **fields)
     except ValueError as error:
         raise ValueError(
             f"`backbone_config.model_type` {model_type!r} is no decoder that this transformers knows: {error}"
         ) from error
+    known = {*built.__dataclass_fields__, *built.attribute_map}
+    refuse_misspelt({name: value for name, value in fields.items() if name not in known}, known)
+    return built
 
 
 @strict

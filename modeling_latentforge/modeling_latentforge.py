@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput, logging
 
 from .cache_latentforge import LatentForgeCache
-from .configuration_latentforge import LatentForgeConfig
+from .configuration_latentforge import LatentForgeConfig, LatentHeadConfig
 from .generation_latentforge import PATCH_OPTIONS, LatentGenerationMixin
 from .latent_sampling import SAMPLERS, LazyDraws, PatchSampling
 from .modeling_autoencoder import (
@@ -215,7 +215,17 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         cls, autoencoder: LatentForgeAutoencoder, backbone_config: PreTrainedConfig | dict, **config_kwargs
     ) -> "LatentForgeForCausalLM":
         """A new student around a trained codec, which is copied in and frozen. `config_kwargs` are fields of
-        [`LatentForgeConfig`]."""
+        [`LatentForgeConfig`].
+
+        Raises:
+            TypeError: one that is none; a config read from a file keeps what it does not know, a call means it.
+        """
+        known = {*LatentForgeConfig.__dataclass_fields__, "attn_implementation"}
+        unknown = [name for name in config_kwargs if name not in known]
+        if unknown:
+            of_head = [name for name in unknown if name in LatentHeadConfig.__dataclass_fields__]
+            hint = f" `{of_head[0]}` is a field of `head_config`: pass head_config={{...}}." if of_head else ""
+            raise TypeError(f"LatentForgeConfig has no field {', '.join(map(repr, unknown))}.{hint}")
         config = LatentForgeConfig(
             backbone_config=copy.deepcopy(backbone_config),
             autoencoder_config=copy.deepcopy(autoencoder.config),
@@ -310,7 +320,10 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             with torch.no_grad():
                 model.decoder.embed_tokens.weight.copy_(teacher.get_input_embeddings().weight[:vocab_size])
                 if model.config.decoder_output_size == output.shape[1]:
-                    model.lm_head.weight.copy_(output[:vocab_size])
+                    # Granite divides its logits; a tied matrix reads tokens too and must stay as it is
+                    tied = model.lm_head.weight is model.decoder.embed_tokens.weight
+                    scaling = 1.0 if tied else getattr(teacher.config, "logits_scaling", 1.0)
+                    model.lm_head.weight.copy_(output[:vocab_size] / scaling)
         return model
 
     def train(self, mode: bool = True) -> "LatentForgeForCausalLM":

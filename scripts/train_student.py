@@ -292,6 +292,13 @@ def load_teacher(student_args: StudentArguments, training_args, block_size: int,
     environment = read_env()
     backend = student_args.teacher_backend or environment.get("TEACHER_BACKEND", "hf")
     aligned = training_args.kd_alignment == "bytes"
+    partial = backend != "hf" or student_args.kd_top_k or student_args.kd_cache
+    if partial and training_args.kd_temperature != 1 and training_args.kd_weight != 0:
+        # before anyone is asked: some teachers are paid by the word
+        raise ValueError(
+            f"kd_temperature is {training_args.kd_temperature}, and only a teacher with full distributions (backend "
+            "hf, without kd_top_k and kd_cache) can be brought to another temperature than 1: set it to 1."
+        )
     if aligned:
         if backend != "hf":
             raise ValueError(f"kd_alignment bytes needs a teacher at hand, and teacher_backend is {backend}: use hf.")
@@ -405,6 +412,7 @@ def build_student(student_args: StudentArguments, codec, block_size: int):
     from transformers import AutoConfig
 
     from modeling_latentforge import LatentForgeForCausalLM
+    from trainers.token_lm import check_heads
 
     if not student_args.init_from_teacher:
         architecture = student_args.architecture or "llama"
@@ -414,6 +422,7 @@ def build_student(student_args: StudentArguments, codec, block_size: int):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}.")
         hidden_size, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+        check_heads(architecture, hidden_size, heads, student_args.num_key_value_heads)
         backbone = {
             **sizes,
             "max_position_embeddings": max(2048, block_size // codec.config.patch_size),

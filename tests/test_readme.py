@@ -31,6 +31,9 @@ COVERED = {
     ".venv/bin/python scripts/build_kd_cache.py": (
         "tests/scripts/test_build_kd_cache.py::test_the_readmes_command_labels_a_data_set"
     ),
+    ".venv/bin/python scripts/estimate_memory.py": (
+        "tests/scripts/test_estimate_memory.py::test_the_readmes_command_prints_a_table"
+    ),
     ".venv/bin/python scripts/push_to_hub.py": (
         "tests/scripts/test_push_to_hub.py::test_the_readmes_command_uploads_and_sees_the_result_load"
     ),

@@ -25,6 +25,16 @@ class AETrainer(LatentTrainer):
     def __init__(self, model: nn.Module | None = None, args: AEConfig | None = None, **kwargs: Any):
         super().__init__(model=model, args=args if args is not None else AEConfig(), **kwargs)
         self._noise: torch.Generator | None = None
+        self._evaluates = False
+
+    def asked_labels(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """In training also the padding of patches that hold text: generation decodes such patches whole."""
+        labels, mask = inputs["labels"], inputs.get("attention_mask")
+        if self._evaluates or mask is None:
+            return labels
+        patch_size = self.model.config.patch_size
+        holds_text = (mask != 0).unflatten(1, (-1, patch_size)).any(-1).repeat_interleave(patch_size, dim=1)
+        return torch.where((mask == 0) & holds_text, inputs["input_ids"], labels)
 
     def count_items(self, labels: torch.Tensor) -> torch.Tensor:
         return (labels != IGNORE_INDEX).sum()  # not shifted: a codec gives back every token, the first too
@@ -34,7 +44,11 @@ class AETrainer(LatentTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         self._noise = torch.Generator().manual_seed(self.args.seed + self.args.process_index)
-        return super().evaluation_loop(*args, **kwargs)
+        self._evaluates = True
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self._evaluates = False
 
     def evaluate_batch(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, float]:
         asked = inputs["labels"] != IGNORE_INDEX

@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 BUILTIN_CORPORA = ("builtin:python",)
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 FOLDER_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+# Text around the text: read as it is, a model would learn braces and commas.
+RECORD_SUFFIXES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".xml")
 # Part of every cache key: raise it when the same input gives other pieces, tokens or blocks than before.
 FORMAT_VERSION = 2
 IGNORE_INDEX = -100
@@ -362,6 +364,11 @@ def _resolve(data: str, split: str, args: DataArguments) -> _Source:
         return _standard_library(args.text_field)
     path = Path(data).expanduser()
     if path.is_file():
+        if path.suffix.lower() in RECORD_SUFFIXES:
+            raise ValueError(
+                f"{data} holds records, not text: write one JSON object a line, with the text in its field "
+                f"{args.text_field!r}, and name the file .jsonl (or .txt, if this is the text that is meant)"
+            )
         return _Files(((path.name, str(path)),), args.text_field)
     if path.is_dir():
         files = _walk(path, lambda name: name.startswith("."), FOLDER_SUFFIXES)

@@ -52,10 +52,7 @@ def build_token_lm(
     if architecture not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {architecture!r}: take one of {', '.join(ARCHITECTURES)}")
     heads = num_attention_heads or max(1, hidden_size // 64)
-    if hidden_size % heads:
-        raise ValueError(f"hidden_size ({hidden_size}) must be a multiple of num_attention_heads ({heads})")
-    if (hidden_size // heads) % 2:
-        raise ValueError(f"a head's width ({hidden_size} / {heads}) must be even for rotary positions: change either")
+    check_heads(architecture, hidden_size, heads, num_key_value_heads)
     sizes: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden_size,
@@ -71,21 +68,35 @@ def build_token_lm(
     }
     if architecture != "gpt_neox":
         sizes["num_key_value_heads"] = num_key_value_heads or heads
-        if heads % sizes["num_key_value_heads"]:
-            raise ValueError(
-                f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({num_key_value_heads})"
-            )
         sizes["head_dim"] = hidden_size // heads
         if architecture == "granite":
             sizes |= {**GRANITE, "attention_multiplier": (hidden_size // heads) ** -0.5}
-    elif num_key_value_heads not in (None, heads):
-        raise ValueError(f"gpt_neox has no grouped heads: drop num_key_value_heads ({num_key_value_heads})")
     config = AutoConfig.for_model(architecture, **{**sizes, **config_kwargs})
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config.pad_token_id = (
         tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     )
     return model
+
+
+def check_heads(architecture: str, hidden_size: int, heads: int, num_key_value_heads: int | None = None) -> None:
+    """Refuse widths and heads that do not divide.
+
+    Raises:
+        ValueError: naming both sizes.
+    """
+    if hidden_size % heads:
+        raise ValueError(f"hidden_size ({hidden_size}) must be a multiple of num_attention_heads ({heads})")
+    if (hidden_size // heads) % 2:
+        raise ValueError(f"a head's width ({hidden_size} / {heads}) must be even for rotary positions: change either")
+    if num_key_value_heads in (None, heads):
+        return
+    if architecture == "gpt_neox":
+        raise ValueError(f"gpt_neox has no grouped heads: drop num_key_value_heads ({num_key_value_heads})")
+    if num_key_value_heads < 1 or heads % num_key_value_heads:
+        raise ValueError(
+            f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({num_key_value_heads})"
+        )
 
 
 def _default_intermediate_size(architecture: str, hidden_size: int) -> int:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BertConfig, GraniteConfig, LlamaConfig
 
 from modeling_latentforge import LatentForgeConfig, LatentForgeForCausalLM
 from modeling_latentforge.modeling_patch_decoder import LatentForgeShortConvolution
@@ -338,3 +338,31 @@ def test_backbone_without_a_spare_embedding_matrix():
         backbone=LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     )
     assert not [name for name, _ in student.model.backbone.named_parameters() if "embed" in name]
+
+
+def test_a_call_with_an_unknown_field_is_refused():
+    """`head_type="energy"` would build a regression head, and an experiment would compare a model with itself."""
+    codec = tiny_autoencoder()
+    backbone = LlamaConfig(vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    with pytest.raises(TypeError, match="no field 'head_type'.*head_config"):
+        LatentForgeForCausalLM.from_autoencoder(codec, backbone, head_type="energy")
+    with pytest.raises(TypeError, match="no field 'window', 'latent_dim'"):
+        LatentForgeForCausalLM.from_autoencoder(codec, backbone, window=99, latent_dim=3)
+    with pytest.raises(ValueError, match="hiden_size.*did you mean `hidden_size`"):
+        LatentForgeForCausalLM.from_autoencoder(codec, {"model_type": "llama", "hiden_size": 32})
+
+
+def test_a_teacher_that_divides_its_logits_gives_a_matrix_that_need_not():
+    """Granite's student would begin eight times as sure of itself as its teacher."""
+    config = GraniteConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        logits_scaling=8.0,
+        tie_word_embeddings=False,
+    )
+    teacher = AutoModelForCausalLM.from_config(config)
+    student = LatentForgeForCausalLM.from_teacher(teacher, tiny_autoencoder())
+    torch.testing.assert_close(student.lm_head.weight, teacher.lm_head.weight / 8)

@@ -1,6 +1,11 @@
 """The scripts with a teacher elsewhere: doubles on 127.0.0.1, addresses and keys in `.env`, as a person has them."""
 
 import json
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +46,72 @@ def train(more: str = "") -> dict[str, float]:
     return train_student.main(
         f"--data text.jsonl --autoencoder codec --cache_dir cache --output_dir out {FLAGS} {more}".split()
     )
+
+
+def recipe(target: str, *variables: str) -> list[str]:
+    """Flags that the Makefile gives train_student.py for a target."""
+    folder = Path(__file__).resolve().parent.parent.parent
+    command = ["make", "-n", "-o", "setup", "-o", "setup-vllm", f"CHECKPOINTS={os.getcwd()}", target, *variables]
+    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+    (line,) = [line for line in said.replace("\\\n", " ").splitlines() if "scripts/train_student.py" in line]
+    words = shlex.split(line)
+    return words[words.index("scripts/train_student.py") + 1 :]
+
+
+@pytest.mark.parametrize("target", ["train-student-vllm-remote", "train-student-venice", "train-student-vllm-local"])
+def test_the_makefiles_recipe_suits_a_teacher_that_is_elsewhere(room, monkeypatch, target):
+    """The recipe's own temperature fits a local teacher only: each of these targets would end in an error, Venice's
+    after texts were paid for."""
+    shutil.copytree(room / "codec", room / "ae")
+    monkeypatch.setenv("DATA_TEXT", "text.jsonl")
+    flags = [os.path.expandvars(word) for word in recipe(target, "STEPS=2", "BLOCK_SIZE=32")]
+    flags[flags.index("--config") + 1] = f"{Path(train_student.__file__).parent}/configs/seed.yaml:student"
+    assert flags[flags.index("--teacher_backend") + 1] == target.removeprefix("train-student-")
+    if target.endswith("local"):
+        flags[flags.index("--teacher_backend") + 1] = "vllm-remote"  # vLLM in process needs its environment
+    small = f"{FLAGS} --max_steps 2 --warmup_steps 1 --gradient_accumulation_steps 1 --cache_dir cache"
+    with (
+        FakeVLLM(tiny_teacher(), byte_tokenizer()) as vllm,
+        FakeVenice(tiny_teacher(), byte_tokenizer(), KEY) as venice,
+    ):
+        monkeypatch.setenv("VLLM_REMOTE_URL", vllm.url)
+        monkeypatch.setenv("VENICE_BASE_URL", f"{venice.url}/api/v1")
+        monkeypatch.setenv("VENICE_API_KEY", KEY)
+        monkeypatch.setenv("VENICE_MODEL", "teacher")
+        writes = "--kd_top_k 8 --teacher_prompt_tokens 8" if target.endswith("venice") else ""
+        metrics = train_student.main([*flags, *f"{small} {writes}".split()])
+        assert metrics["eval_kd"] > 0 or target.endswith("venice")
+
+
+def test_another_temperature_is_refused_before_a_word_is_paid_for(room, monkeypatch):
+    """Venice had written 21 texts before the trainer looked at the temperature."""
+    with FakeVenice(tiny_teacher(), byte_tokenizer(), KEY) as server:
+        monkeypatch.setenv("VENICE_BASE_URL", f"{server.url}/api/v1")
+        monkeypatch.setenv("VENICE_API_KEY", KEY)
+        monkeypatch.setenv("VENICE_MODEL", "teacher")
+        with pytest.raises(ValueError, match="kd_temperature is 2.0.*set it to 1"):
+            train("--teacher_backend venice --kd_temperature 2.0")
+        assert not server.requests
+
+
+@pytest.mark.parametrize(("variables", "refused"), [((), False), (("K=3",), False), (("K=8",), True)])
+def test_make_takes_k_from_the_codec_that_is_there(room, variables, refused):
+    """K=8 after a codec of K=3 trained a teacher on blocks of the wrong phase, and then failed; or was ignored."""
+    shutil.copytree(room / "codec", room / "ae")
+    config = json.loads((room / "ae" / "config.json").read_text()) | {"patch_size": 3}
+    (room / "ae" / "config.json").write_text(json.dumps(config, indent=2))
+    flags = recipe("train-student-vllm-remote", *variables)
+    assert flags[flags.index("--block_size") + 1] == "2046", "whole patches of the codec's K"
+    folder = Path(__file__).resolve().parent.parent.parent
+    done = subprocess.run(
+        ["make", "-s", "-o", "setup", f"CHECKPOINTS={room}", "check-k", *variables],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert bool(done.returncode) == refused
+    assert not refused or "K is 8" in done.stderr and "has 3" in done.stderr
 
 
 def everything_written(room) -> str:

@@ -521,3 +521,11 @@ def test_the_collator_refuses_torn_patches():
         PatchCollator(4)([{"input_ids": [0] * 6}])
     with pytest.raises(ValueError, match=r"rows of different lengths \(\[4, 8\]\)"):
         PatchCollator(4)([{"input_ids": [0] * 4}, {"input_ids": [0] * 8}])
+
+
+def test_a_file_of_records_is_refused(tmp_path, tokenizer):
+    """Read as text, a model learns braces and field names, and nothing looks wrong."""
+    path = tmp_path / "toy.json"
+    path.write_text('[{"text": "a"}]')
+    with pytest.raises(ValueError, match="holds records, not text.*'text'.*jsonl"):
+        load_blocks(DataArguments(data=str(path)), tokenizer, 4, 0)

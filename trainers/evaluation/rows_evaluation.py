@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from ..data import DataArguments, PatchCollator, load_blocks, load_texts
@@ -23,6 +24,7 @@ from .brier import brier_lm, summarize_brier
 from .enumerable import chain_brier, chain_token_lm, draw_chain, known_models
 from .likelihood import exact_likelihood
 from .patch_draws import brier_sums
+from .rows_main import run_or_tell
 
 
 def brier_closed_form(context: Context, num_rows: int = 512, length: int = 256) -> Measured:
@@ -190,6 +192,72 @@ def evaluate_full(context: Context) -> Measured:
     return _evaluate(context, [], 40)
 
 
+# -- what a training takes
+
+
+MEMORY_SIZES: dict[str, dict[str, Any]] = {
+    "4 x 256": {
+        "vocab_size": 4096,
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 768,
+        "per_device_train_batch_size": 8,
+    },
+    "6 x 512, taught by 4 x 256": {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "intermediate_size": 1536,
+        "per_device_train_batch_size": 8,
+    },
+    "12 x 768": {
+        "vocab_size": 32000,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 2048,
+        "per_device_train_batch_size": 4,
+    },
+}
+
+
+def estimate_memory_row(context: Context) -> Measured:
+    """The script's own table, and three steps of the real training beside it."""
+    teacher = LlamaConfig(
+        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=768, vocab_size=8192
+    )
+    teacher.save_pretrained(context.work_dir / "teacher")
+    found: dict[str, Any] = {}
+    for name, sizes in MEMORY_SIZES.items():
+        flags = {**sizes, "autoencoder": "scripts/configs/seed.yaml:autoencoder", "block_size": 512, "device": "cpu"}
+        if "taught" in name:
+            flags["teacher"] = context.work_dir / "teacher"
+        words = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+        started = time.perf_counter()
+        out = run_or_tell(
+            [sys.executable, "scripts/estimate_memory.py", *words, "--measure"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        match = re.search(r"^measured ([\d,]+) MB, predicted ([\d,]+) MB", out, re.MULTILINE)
+        assert match is not None, out[-1000:]
+        measured, predicted = (int(number.replace(",", "")) for number in match.groups())
+        found[name] = {
+            "measured_mb": measured,
+            "predicted_mb": predicted,
+            "error": predicted / measured - 1,
+            "seconds": time.perf_counter() - started,
+        }
+        context.say(f"{name}: measured {measured:,} MB, predicted {predicted:,}")
+    figure = "; ".join(
+        f"{name}: {entry['predicted_mb']:,} MB predicted, {entry['measured_mb']:,} measured ({entry['error']:+.1%})"
+        for name, entry in found.items()
+    )
+    return Measured(figure, all(abs(entry["error"]) <= 0.15 for entry in found.values()), found)
+
+
 ROWS = [
     Row(
         "brier_closed_form",
@@ -219,5 +287,12 @@ ROWS = [
         evaluate_full,
         long=True,
         setup="K=8, 100,000 positions, 512 texts at 5 temperatures",
+    ),
+    Row(
+        "estimate_memory",
+        "peak memory of training three sizes, predicted by scripts/estimate_memory.py, against VmHWM",
+        "within 15 % each",
+        estimate_memory_row,
+        setup="K=8, blocks of 512, batch 8, 8 and 4, V=4096, 8192 and 32,000, codec of the seed, 3 steps, fp32, CPU",
     ),
 ]

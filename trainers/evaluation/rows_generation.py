@@ -73,11 +73,11 @@ def decode_grid(
 # -- overhead and memory
 
 
-def overhead(context: Context, new_tokens: int = 128, **fields: Any) -> Measured:
+def overhead(context: Context, new_tokens: int = 128, repeats: int = 3, **fields: Any) -> Measured:
     """Share of the decoding time outside the modules: backbone, patch embedding, head, decoder, output matrix."""
     models = seed_models(8, **fields)
     found = {
-        name: loop_overhead(model, _prompts(models, 1, 16), new_tokens)
+        name: loop_overhead(model, _prompts(models, 1, 16), new_tokens, repeats)
         for name, model in models.items()
         if name != "token LM"
     }

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,10 @@ def raw_http(url: str, rows: Sequence[list[int]], path: str, model: str, in_flig
                 raise RuntimeError(f"{path} answers {reply.status}")
         connection.close()
 
-    threads = [threading.Thread(target=work) for _ in range(in_flight)]
     start = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(in_flight) as pool:
+        for done in [pool.submit(work) for _ in range(in_flight)]:
+            done.result()
     return time.perf_counter() - start
 
 

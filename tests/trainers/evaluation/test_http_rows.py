@@ -23,7 +23,7 @@ pytest.importorskip("openai")
 def test_a_client_that_never_asks_for_more_leaves_the_server_idle(context: Context, monkeypatch: pytest.MonkeyPatch):
     """A teacher at a sixth of its rate makes a week of a night; `test_teacher_flow.py` has the other side."""
     monkeypatch.setattr(flow_module, "FlowConfig", lambda: FlowConfig(start=1, most=1))
-    measured = teachers_over_http.aimd(context, warm_up=0.3, seconds=0.7)
+    measured = teachers_over_http.aimd(context, warm_up=0.2, seconds=0.7)
     assert not measured.passed
     for name in ("with Retry-After", "without"):
         found = measured.details[name]

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def test_the_demo_row_runs_a_fresh_clone_and_loads_what_it_left(
     context.work_dir = context.shared_dir / "demo"
     (context.work_dir / "clone" / "runs" / "old").mkdir(parents=True)  # of another day
     measured = rows_main.demo(context)
-    assert measured.passed and measured.figure.startswith("0.0 minutes, ")
+    assert measured.passed and re.fullmatch(r"0\.\d minutes, \d\.\d GB", measured.figure)
     assert measured.details == {"stages": {"teacher": {"seconds": 1.0}}}
     assert [path.name for path in (context.work_dir / "clone" / "runs").iterdir()] == ["demo"]
     assert rows_main.demo_folder(context) == context.work_dir / "clone" / "runs" / "demo"
@@ -112,7 +113,7 @@ def codec() -> LatentForgeAutoencoder:
     codec = LatentForgeAutoencoder(config).train()
     optimizer = torch.optim.AdamW(codec.parameters(), lr=1e-2)
     for _ in range(60):
-        ids = torch.randint(0, 300, (8, 128))
+        ids = torch.randint(0, 300, (8, 64))
         codec(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -153,7 +154,7 @@ def test_the_student_s_speed_is_a_multiple_of_its_own_teacher_s(context: Context
     """A ratio the wrong way round, or against another model, calls a slow student fast."""
     for name in ("student", "teacher"):
         llama(1 if name == faster else 16).save_pretrained(demo / name)
-    measured = rows_main.demo_speed(context, new_tokens=8, repeats=1)
+    measured = rows_main.demo_speed(context, new_tokens=8, repeats=3)
     rates = {name: values["tokens_per_second"] for name, values in measured.details.items()}
     assert measured.passed == (faster == "student")
     assert f"student {rates['student'] / rates['teacher']:.2f}x ({rates['student']:.0f} tokens/s)" in measured.figure
@@ -310,6 +311,7 @@ def test_equalities_hold_for_models_as_built_and_for_the_demo_s(
     assert set(measured.details["built"]["fp64"]) == {"cached", "left-padded", "save and load", "log-probabilities"}
     assert max(measured.details["trained"]["fp32"].values()) <= 1e-5 and "greedy ids equal" in measured.figure
     forget(monkeypatch)
+    monkeypatch.setattr(rows_main, "DTYPES", rows_main.DTYPES[1:])
     broken = rows_main.equalities(context, texts=0)
     assert not broken.passed and broken.details["trained"]["fp64"]["cached"] > 1e-3
 
@@ -427,7 +429,7 @@ def test_the_row_of_the_tests_reads_time_and_coverage_of_both_packages(
     (root / "test_it.py").write_text(f"{test} + trainers.used() == 2\n")
     monkeypatch.setattr(rows_main, "ROOT", root)
     measured = rows_main.tests(context)
-    assert measured.passed and measured.figure.startswith("0.0 minutes, coverage 100 % (1 passed in ")
+    assert measured.passed and " minutes, coverage 100 % (1 passed in " in measured.figure
     (root / "test_it.py").write_text(f"{test} == 1\n")  # one of four lines is not run
     measured = rows_main.tests(context)
     assert not measured.passed and "coverage 75 %" in measured.figure
