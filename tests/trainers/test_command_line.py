@@ -76,12 +76,15 @@ def test_the_traceback_of_any_error_can_be_had(monkeypatch):
         run(raising(ValueError("why")))
 
 
-@pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (1, 1), ({"eval_loss": 1.0}, 0), ("text", 0)])
-def test_only_a_number_that_main_returns_is_a_status(returned, status):
-    """Python prints anything else that exits, and calls that a failure."""
+@pytest.mark.parametrize("returned", [None, 0, 1, {"eval_loss": 1.0}, "text"])
+def test_what_main_returns_is_a_status_only_where_that_is_said(returned):
+    """Python prints what is no number and calls it a failure; and a number may be a figure."""
     with pytest.raises(SystemExit) as stop:
         run(lambda: returned)
-    assert stop.value.code == status
+    assert stop.value.code == 0
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: 1, returns_status=True)
+    assert stop.value.code == 1
 
 
 def test_the_status_of_the_argument_parser_is_kept(capsys):
