@@ -34,11 +34,11 @@ class _Task(Generic[Job]):
 
 
 class TeacherPool:
-    """Hands work to several equal teachers, each in a thread of its own. One that fails is left alone for a while,
+    """Hands work to several equal teachers, each in threads of its own. One that fails is left alone for a while,
     its work goes to the others, and it returns when its `check` passes.
 
     Args:
-        teachers: whose answers are the same; each is used by one thread only.
+        teachers: whose answers are the same; a local one is used by one thread only, see [`calls_at_once`].
         retry_after: seconds until a lost teacher is tried again; doubled each time, up to a minute.
         patience: seconds that all may be lost at once.
         max_failures: of one piece of work, whoever tried it, before it is taken for the cause.
@@ -64,7 +64,7 @@ class TeacherPool:
                 fails. A single local teacher's exception at once: nothing would bring it back.
         """
         with _Run(self, ask) as run:
-            under_way = 2 * len(self.teachers)
+            under_way = 2 * len(run.threads)
             first = last = 0
             for job in jobs:
                 run.submit(_Task(last, job))
@@ -75,6 +75,12 @@ class TeacherPool:
             while first < last:
                 yield run.answer(first)
                 first += 1
+
+
+def calls_at_once(teacher: Teacher) -> int:
+    """Two of a remote teacher: while one batch's last rows are scored, and its answers read, the next one's are under
+    way."""
+    return min(2, teacher.capabilities.parallel_calls) if teacher.capabilities.remote else 1
 
 
 class _Run:
@@ -89,8 +95,9 @@ class _Run:
         self.error: Exception | None = None
         self.lost = 0  # teachers that are out just now
         self.threads = [
-            threading.Thread(target=self._work, args=(teacher,), name=f"labelling-{place}", daemon=True)
+            threading.Thread(target=self._work, args=(teacher,), name=f"labelling-{place}-{again}", daemon=True)
             for place, teacher in enumerate(pool.teachers)
+            for again in range(calls_at_once(teacher))
         ]
 
     def __enter__(self) -> "_Run":
@@ -171,7 +178,7 @@ class _Run:
             return True
 
     def _is_fatal(self, teacher: Teacher, task: _Task) -> bool:
-        alone = len(self.threads) == 1 and not teacher.capabilities.remote
+        alone = len(self.pool.teachers) == 1 and not teacher.capabilities.remote
         return alone or task.failures >= self.pool.max_failures
 
 
