@@ -126,4 +126,4 @@ def try_teacher(backend: str, environment: dict[str, str], arguments: argparse.N
 if __name__ == "__main__":
     from trainers.command_line import run
 
-    run(main)
+    run(main, returns_status=True)

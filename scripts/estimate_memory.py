@@ -145,9 +145,12 @@ def _teacher_config(student_args: Any) -> Any:
     """None: there is no teacher at hand."""
     from transformers import AutoConfig
 
+    from trainers.command_line import model_path
+
     if student_args.teacher is None or (_is_elsewhere(student_args) and not student_args.init_from_teacher):
         return None
-    return AutoConfig.from_pretrained(student_args.teacher, revision=student_args.teacher_revision)
+    teacher = model_path("teacher", student_args.teacher)
+    return AutoConfig.from_pretrained(teacher, revision=student_args.teacher_revision)
 
 
 def _teacher_dtype(student_args: Any, config: Any) -> Any:
@@ -170,9 +173,10 @@ def _codec_config(source: str, vocab_size: int | None, teacher_config: Any) -> A
     from modeling_latentforge import LatentForgeAutoencoderConfig
     from scripts.train_autoencoder import CodecArguments
     from trainers import AEConfig, DataArguments, parse_arguments
+    from trainers.command_line import model_path
 
     if ".yaml" not in source:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(model_path("autoencoder", source))
         return getattr(config, "autoencoder_config", config)
     if vocab_size is None and teacher_config is None:
         raise SystemExit(f"{source} says nothing of the tokenizer: add --vocab_size.")
@@ -187,4 +191,6 @@ def _codec_config(source: str, vocab_size: int | None, teacher_config: Any) -> A
 
 
 if __name__ == "__main__":
-    main()
+    from trainers.command_line import run
+
+    run(main)

@@ -433,4 +433,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     from trainers.command_line import run
 
-    run(main)
+    run(main, returns_status=True)

@@ -40,11 +40,6 @@ class CodecArguments:
     tie_word_embeddings: bool = True
     initializer_range: float = field(default=0.02, metadata={"help": "Standard deviation of the initial weights."})
 
-    def __post_init__(self) -> None:
-        from trainers.command_line import model_path
-
-        self.tokenizer = model_path("tokenizer", self.tokenizer)
-
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Parse, build, train, evaluate, save; returns the final metrics."""
@@ -52,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     from modeling_latentforge import LatentForgeAutoencoder, LatentForgeAutoencoderConfig
     from trainers import AEConfig, AETrainer, DataArguments, PatchCollator, load_blocks, parse_arguments
-    from trainers.command_line import check_writable
+    from trainers.command_line import check_writable, model_path
     from trainers.model_card import describe_data
 
     codec_args, data_args, training_args = parse_arguments(
@@ -60,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     if training_args.should_save:
         check_writable(training_args.output_dir)
+    codec_args.tokenizer = model_path("tokenizer", codec_args.tokenizer)
     print(training_args.describe_process(), flush=True)
     set_seed(training_args.seed)
     tokenizer = AutoTokenizer.from_pretrained(codec_args.tokenizer)

@@ -174,12 +174,6 @@ class StudentArguments:
         self._refuse(OWN_DECODER, parallel, "is about an autoregressive decoder, decoder_type is parallel: drop it")
         if self.layers is not None and not all(part.strip().isdigit() for part in self.layers.split(",")):
             raise ValueError(f"layers must read like 0,2,4, got {self.layers!r}.")
-        from trainers.command_line import model_path
-
-        self.autoencoder = model_path("autoencoder", self.autoencoder)
-        backend = self.teacher_backend or read_env().get("TEACHER_BACKEND", "hf")
-        if self.teacher is not None and backend in ("hf", "vllm-local"):  # a server gives its models names of its own
-            self.teacher = model_path("teacher", self.teacher)
 
     def _refuse(self, names: str, means_nothing: bool, message: str) -> None:
         for name in names.split() if means_nothing else ():
@@ -211,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     from transformers import AutoTokenizer, set_seed
 
     from trainers import DataArguments, KDConfig, KDTrainer, PatchCollator, load_blocks, parse_arguments
-    from trainers.command_line import check_writable
+    from trainers.command_line import check_writable, model_path
     from trainers.model_card import describe_data
 
     student_args, data_args, training_args = parse_arguments(
@@ -219,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     if training_args.should_save:
         check_writable(training_args.output_dir)
+    student_args.autoencoder = model_path("autoencoder", student_args.autoencoder)
     print(training_args.describe_process(), flush=True)
     tokenizer = AutoTokenizer.from_pretrained(student_args.autoencoder)
     codec = load_codec(student_args.autoencoder)
@@ -286,11 +281,14 @@ def load_teacher(student_args: StudentArguments, training_args, block_size: int,
         ValueError: another tokenizer without `kd_alignment`; a part of distributions with it; flags about a teacher
             where there is none.
     """
+    from trainers.command_line import model_path
     from trainers.teachers import AlignedTeacher, CachedTeacher, HFTeacher, build_teacher, open_store, read_env
     from trainers.teachers.sparse import TOP_K
 
     environment = read_env()
     backend = student_args.teacher_backend or environment.get("TEACHER_BACKEND", "hf")
+    if student_args.teacher is not None and backend in ("hf", "vllm-local"):  # a server names its models as it likes
+        student_args.teacher = model_path("teacher", student_args.teacher)
     aligned = training_args.kd_alignment == "bytes"
     partial = backend != "hf" or student_args.kd_top_k or student_args.kd_cache
     if partial and training_args.kd_temperature != 1 and training_args.kd_weight != 0:

@@ -35,11 +35,6 @@ class TeacherArguments:
     )
     patch_size: int = field(default=1, metadata={"help": "Patch size of the students it is compared with."})
 
-    def __post_init__(self) -> None:
-        from trainers.command_line import model_path
-
-        self.tokenizer = model_path("tokenizer", self.tokenizer)
-
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Parse, build, train, evaluate, save; returns the final metrics."""
@@ -47,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     from trainers.arguments import parse_arguments
     from trainers.base_trainer import end_training
-    from trainers.command_line import check_writable
+    from trainers.command_line import check_writable, model_path
     from trainers.data import DataArguments, PatchCollator, load_blocks
     from trainers.evaluation.likelihood import held_out_likelihood
     from trainers.token_lm import TokenLMConfig, TokenLMTrainer, build_token_lm
@@ -57,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     if training_args.should_save:
         check_writable(training_args.output_dir)
+    model_args.tokenizer = model_path("tokenizer", model_args.tokenizer)
     print(training_args.describe_process(), flush=True)
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer)
     train_dataset, eval_dataset = load_blocks(data_args, tokenizer, model_args.patch_size, training_args.data_seed)

@@ -14,15 +14,16 @@ DEBUG = "LATENTFORGE_DEBUG"
 LONGEST_LINE = 1000
 
 
-def run(main: Callable[[], Any], *errors: type[Exception]) -> NoReturn:
-    """Call a script's `main`, and end the process with its status: an `int` that it returns, else 0.
+def run(main: Callable[[], Any], *errors: type[Exception], returns_status: bool = False) -> NoReturn:
+    """Call a script's `main`, and end the process: with 0, or with what `main` returns if that is a status.
 
     What a person can mend ends it with 1 and `<script>: error: <message>` on standard error: ValueError, OSError
     (`TeacherUnavailable` is one), ImportError, `StoreError`, a configuration that its own checks refuse, and `errors`.
     Anything else is a fault of ours and keeps its traceback; LATENTFORGE_DEBUG=1 shows it for all.
     """
     try:
-        status = main()
+        returned = main()
+        status = returned if returns_status else 0
     except Exception as error:
         if os.environ.get(DEBUG, "0") not in ("", "0") or not _is_users(error, errors):
             raise
@@ -32,7 +33,7 @@ def run(main: Callable[[], Any], *errors: type[Exception]) -> NoReturn:
         sys.stderr.write(f"{Path(sys.argv[0]).name}: error: {message}\n")
         # the traceback is let go first: what its frames hold (workers, a process group) ends as after any return
         status = 1
-    sys.exit(status if isinstance(status, int) else 0)
+    sys.exit(status)
 
 
 def _is_users(error: Exception, errors: tuple[type[Exception], ...]) -> bool:

@@ -130,24 +130,37 @@ def test_training_resumes_inside_a_lora_run(room, tmp_path):
         ("--decoder_type parallel --decoder_window 16", "decoder_window .16. is about an autoregressive decoder"),
         ("--label_smoothing_factor 0.1", "label_smoothing_factor .0.1. is not possible"),
         ("--kd_wieght 1", "unknown flag --kd_wieght .did you mean --kd_weight"),
-        ("--teacher {room}/teachr", "teacher: there is no folder .*/teachr .did you mean .*/teacher"),
-        ("--autoencoder ./codec", "autoencoder: there is no folder ./codec"),
         ("--kd_weight -1", "kd_weight must not be negative, got -1"),
     ],
 )
 def test_flags_that_cannot_work_are_refused_at_once(room, tmp_path, capsys, flags, message):
     """Before the data is tokenised and the teacher loaded, with the value and the remedy."""
     with pytest.raises(SystemExit):
-        train_student.main(student_flags(room, tmp_path, flags.format(room=room)))
+        train_student.main(student_flags(room, tmp_path, flags))
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_served_teacher_may_be_named_like_a_path(tmp_path):
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        (train_teacher, "--tokenizer ./codec", "tokenizer: there is no folder ./codec"),
+        (train_autoencoder, "--tokenizer {room}/codek", "tokenizer: there is no folder .* .did you mean .*/codec"),
+        (train_student, "--autoencoder ./codec", "autoencoder: there is no folder ./codec"),
+        (train_student, "--autoencoder {room}/codec --teacher {room}/x", "teacher: there is no folder .*/x"),
+    ],
+)
+def test_a_mistyped_folder_is_not_asked_for_on_the_hub(room, tmp_path, script, flags, message):
+    """The library says that a repository's id has another form, or that the network is down."""
+    with pytest.raises(ValueError, match=message):
+        script.main(f"{flags.format(room=room)} --data x --output_dir {tmp_path} {ROOM}".split())
+
+
+def test_a_served_teacher_may_be_named_like_a_path(room, tmp_path, monkeypatch):
     """A server serves a folder of its own machine under that folder's name."""
-    name = f"{tmp_path}/on/the/server"
-    assert train_student.StudentArguments("x", teacher=name, teacher_backend="vllm-remote").teacher == name
-    with pytest.raises(ValueError, match="there is no folder"):
-        train_student.StudentArguments("x", teacher=name, teacher_backend="hf")
+    monkeypatch.setenv("VLLM_REMOTE_URL", "http://127.0.0.1:9")
+    flags = f"--teacher {tmp_path}/on/the/server --teacher_backend vllm-remote --teacher_patience 0.1 --data x"
+    with pytest.raises(ConnectionError, match="127.0.0.1:9"):
+        train_student.main(student_flags(room, tmp_path, flags))
 
 
 @pytest.mark.parametrize("script", [train_tokenizer, train_teacher, train_autoencoder, train_student])

@@ -76,8 +76,8 @@ def test_a_script_that_a_shell_starts_ends_in_words_or_with_its_traceback(tmp_pa
 
 def test_a_wrong_call_keeps_its_own_status(capsys, monkeypatch):
     """Exit 2 says that nothing was begun."""
-    monkeypatch.setattr(sys, "argv", ["train_autoencoder.py", "--tokenizer", "./none", "--output_dir", "x"])
+    monkeypatch.setattr(sys, "argv", ["train_autoencoder.py", "--tokenizer", "x", "--patchsize", "4"])
     with pytest.raises(SystemExit) as stop:
         run(train_autoencoder.main)
     assert stop.value.code == 2
-    assert "error: tokenizer: there is no folder ./none" in capsys.readouterr().err
+    assert "error: unknown flag --patchsize (did you mean --patch_size" in capsys.readouterr().err
