@@ -4,6 +4,7 @@ import torch
 from scripts import experiment
 
 
+@pytest.mark.slow
 def test_several_questions_share_their_runs(tmp_path, capsys):
     """A base run trained once per question makes an evening of an hour."""
     text = tmp_path / "text.txt"

@@ -347,6 +347,7 @@ def test_a_missing_card_is_filled_from_the_folder(trained, hub, tmp_path, capsys
     assert 'repo_id = "alice/student"' in card.text and not (model / "README.md").exists()
 
 
+@pytest.mark.slow
 def test_an_upload_that_does_not_load_is_reported_as_such(trained, hub, tmp_path, capsys):
     """`uploaded` alone would be true, and worth nothing."""
     model = shutil.copytree(trained / "codec", tmp_path / "model")
@@ -357,6 +358,7 @@ def test_an_upload_that_does_not_load_is_reported_as_such(trained, hub, tmp_path
     assert "alice/codec is uploaded but does not load in a clean process" in said and "older version" in said
 
 
+@pytest.mark.slow
 def test_an_adapter_finds_its_student_on_the_hub(trained, hub, tmp_path):
     """An adapter that names a folder, or whose student loads without its code, works for nobody but its author."""
     assert push(trained / "student", "alice/student") == 0

@@ -64,6 +64,7 @@ def test_a_mistake_in_the_text_or_the_sizes_is_told_in_a_paragraph(text, more, m
     assert "LATENTFORGE_DEBUG=1" in error
 
 
+@pytest.mark.slow
 def test_a_script_that_a_shell_starts_ends_in_words_or_with_its_traceback(tmp_path):
     """Whoever mistypes needs the message; whoever reports a fault must be able to say where it is."""
     tiny_autoencoder().save_pretrained(tmp_path)

@@ -95,6 +95,7 @@ def test_the_status_of_the_argument_parser_is_kept(capsys):
     assert stop.value.code == 2 and not capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_a_process_as_the_shell_expects(tmp_path):
     """A loop over trainings would go on with the next one."""
     script = tmp_path / "interrupted.py"
@@ -107,6 +108,7 @@ def test_an_interrupt_ends_a_process_as_the_shell_expects(tmp_path):
     assert done.returncode == -signal.SIGINT, done.stderr  # 130 in a shell
 
 
+@pytest.mark.slow
 def test_one_process_s_error_stops_the_others(tmp_path):
     """Processes that wait for one that is gone would hold their GPUs until somebody looks."""
     script = tmp_path / "two.py"

@@ -44,6 +44,7 @@ def test_a_table_has_a_row_per_variant_and_the_range_over_seeds(table):
     assert " to " in lines[6] and "seeds 0, 1" in lines[2] and "training tokens 1024" in lines[2]
 
 
+@pytest.mark.slow
 def test_brier_of_parallel_heads_on_a_trained_codec(table):
     """Draws of patches that hold padding, or of other patches than the targets, would look like a bad head."""
     lines = experiments.answer("parallel_head", table).splitlines()

@@ -1,5 +1,6 @@
 import json
 
+import pytest
 import torch
 
 from tests.conftest import text_batch, tiny_student
@@ -34,6 +35,7 @@ def test_all_kinds_train_on_the_same_blocks_and_are_kept(tmp_path):
     assert table.name(Run("student", 2e-3, 0, 4, student)) != table.name(runs[2])
 
 
+@pytest.mark.slow
 def test_runs_that_share_the_cores_are_the_runs_alone(tmp_path):
     """A table that trained its rows at once must not mix up whose figure is whose, nor train a teacher twice."""
     table = _table(tmp_path, num_tokens=2048, records_dir=tmp_path / "records")
