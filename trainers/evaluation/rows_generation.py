@@ -57,17 +57,15 @@ def decode_grid(
     """Batch and prompt sizes at K=8, and a decoder of two layers of 512."""
     models = seed_models(8, **fields)
     models["2 x 512"] = seed_student(seed_backbone(**fields), 8, num_decoder_layers=2, decoder_hidden_size=512)
-    found = {}
+    found, figures = {}, []
     for batch in batches:
         for prompt in prompts:
-            context.say(f"batch {batch}, prompt {prompt}")
-            ids = _prompts(models, batch, prompt)
-            found[f"batch {batch}, prompt {prompt}"] = decode_speed(models, ids, new_tokens, repeats=1)
-    figure = "; ".join(
-        f"{name}: " + ", ".join(f"{model} {values['times_token_lm']:.1f}x" for model, values in speed.items())
-        for name, speed in found.items()
-    )
-    return Measured(figure, True, found)
+            name = f"batch {batch}, prompt {prompt}"
+            found[name] = decode_speed(models, _prompts(models, batch, prompt), new_tokens, repeats=1)
+            multiples = (f"{model} {values['times_token_lm']:.1f}x" for model, values in found[name].items())
+            figures.append(f"{name}: {', '.join(multiples)}")
+            context.say(figures[-1])
+    return Measured("; ".join(figures), True, found)
 
 
 # -- overhead and memory
