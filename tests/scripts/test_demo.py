@@ -29,7 +29,8 @@ STAGES = ["tokenizer", "teacher", "autoencoder", "student", "student_parallel", 
 def execute_here(stage: Stage, arguments_file: Path) -> int | None:
     """Run a stage's script in this process: importing torch seven times is not what is tested."""
     option, path = stage.command(arguments_file)[2:]
-    import_module(f"scripts.{Path(stage.script).stem}").main([option, path])
+    returned = import_module(f"scripts.{Path(stage.script).stem}").main([option, path])
+    assert not isinstance(returned, int), "a status that is returned is no failure to `run`: raise"
     return 1 << 30
 
 

@@ -212,6 +212,10 @@ def test_sampled_tail_kl_refuses_what_is_no_head_and_draws():
         sampled_tail_kl(logits(2, 30), ids, values, 2, entropy[:1])
     with pytest.raises(ValueError, match=r"\(1, 5\).*\(2, 5\).*\(M, k\)"):
         sampled_tail_kl(logits(2, 30), ids[:1], values, 2, entropy)
+    with pytest.raises(ValueError, match=r"`ids` \(2, 5\).*student's logits \(3, 30\)"):
+        sampled_tail_kl(logits(3, 30), ids, values, 2, entropy)
+    with pytest.raises(ValueError, match=r"`ids` \(2, 3\).*student's logits \(1, 30\)"):
+        sparse_kl(logits(1, 30), ids[:, :3], values[:, :3])  # would broadcast
     with pytest.raises(ValueError, match="outside the student's vocabulary of 9"):
         sampled_tail_kl(logits(2, 9), ids + 9, values, 2, entropy)
 
