@@ -5,20 +5,54 @@ from collections.abc import Iterable, Mapping
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 
-def refuse_misspelt(kwargs: Mapping[str, object], fields: Iterable[str]) -> None:
+logger = logging.get_logger(__name__)
+
+# written into configs by transformers and the Hub
+FOREIGN_FIELDS = {"auto_map", "quantization_config", "use_cache", "custom_pipelines", "attn_implementation"}
+
+
+def nearest_name(name: str, names: Iterable[str], by_words: bool = True) -> str | None:
+    """The one of `names` that `name` most likely means: spelt nearly so, or, `by_words`, holding all its words."""
+    names, words = list(names), set(name.split("_"))
+    near = difflib.get_close_matches(name, names, 1, 0.85)
+    if by_words and not near:
+        near = [known for known in names if words < set(known.split("_"))]
+    return near[0] if near else None
+
+
+def check_fields(
+    kwargs: Mapping[str, object],
+    fields: Iterable[str],
+    parts: Mapping[str, Iterable[str]] | None = None,
+    of_others: bool = False,
+) -> None:
     """transformers keeps every key that a config does not know, and a misspelt field would keep its default, silently.
 
+    Args:
+        kwargs: keys that are no fields, and their values.
+        fields: of the config.
+        parts: name of a config inside it -> that one's fields.
+        of_others: a config of another library, which may hold more: only what is nearly a field counts.
+
     Raises:
-        ValueError: a key that is nearly a field.
+        ValueError: a key that is nearly a field, or a field of a part.
     """
-    for name in kwargs:
+    for name, value in kwargs.items():
         # other special tokens' ids (`eot_token_id`) are near the known ones, and meant
-        known = hasattr(PreTrainedConfig, name) or name.endswith(("_token", "_token_id"))
-        meant = [] if known else difflib.get_close_matches(name, list(fields), 1, 0.85)
+        known = name.startswith("_") or hasattr(PreTrainedConfig, name) or name.endswith(("_token", "_token_id"))
+        if known or name in FOREIGN_FIELDS:
+            continue
+        for part, of_part in (parts or {}).items():
+            if name in of_part:
+                raise ValueError(f"`{name}` ({value!r}) is a field of `{part}`: pass {part}={{'{name}': {value!r}}}.")
+        meant = nearest_name(name, fields, by_words=not of_others)
         if meant:
-            raise ValueError(f"The config has no field `{name}` (value {kwargs[name]!r}): did you mean `{meant[0]}`?")
+            raise ValueError(f"The config has no field `{name}` (value {value!r}): did you mean `{meant}`?")
+        if not of_others:
+            logger.warning("The config has no field `%s` (value %r): it is kept and changes nothing.", name, value)
 
 
 @strict
@@ -64,7 +98,7 @@ class LatentForgeAutoencoderConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        refuse_misspelt(kwargs, self.__dataclass_fields__)
+        check_fields(kwargs, self.__dataclass_fields__)
         if self.latent_size is None:
             self.latent_size = 32 * self.patch_size
         super().__post_init__(**kwargs)

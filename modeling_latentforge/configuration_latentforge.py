@@ -7,7 +7,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_autoencoder import LatentForgeAutoencoderConfig, refuse_misspelt
+from .configuration_autoencoder import LatentForgeAutoencoderConfig, check_fields
 
 
 @strict
@@ -37,7 +37,7 @@ class LatentHeadConfig(PreTrainedConfig):
     exponent: int | float = 1.0
 
     def __post_init__(self, **kwargs):
-        refuse_misspelt(kwargs, self.__dataclass_fields__)
+        check_fields(kwargs, self.__dataclass_fields__)
         super().__post_init__(**kwargs)
 
     def validate_head(self):
@@ -72,7 +72,8 @@ def _build_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrained
             f"`backbone_config.model_type` {model_type!r} is no decoder that this transformers knows: {error}"
         ) from error
     known = {*built.__dataclass_fields__, *built.attribute_map}
-    refuse_misspelt({name: value for name, value in fields.items() if name not in known}, known)
+    # checkpoints of the field carry more than their family's fields
+    check_fields({name: value for name, value in fields.items() if name not in known}, known, of_others=True)
     return built
 
 
@@ -144,19 +145,19 @@ class LatentForgeConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        refuse_misspelt(kwargs, self.__dataclass_fields__)
         self.backbone_config = _build_backbone_config(self.backbone_config)
+        parts = {
+            "head_config": LatentHeadConfig,
+            "backbone_config": type(self.backbone_config),
+            "autoencoder_config": LatentForgeAutoencoderConfig,
+        }
+        of_parts = {name: set(part.__dataclass_fields__) for name, part in parts.items()}
+        check_fields(kwargs, self.__dataclass_fields__, of_parts)
         for name, kind in (("autoencoder_config", LatentForgeAutoencoderConfig), ("head_config", LatentHeadConfig)):
             value = getattr(self, name)
             # a copy: sizes that follow from this backbone must not stay in a config that another student shares
             filled = kind(**(value or {})) if value is None or isinstance(value, dict) else copy.deepcopy(value)
             setattr(self, name, filled)
-        for name in ("patch_size", "latent_size", "vocab_size"):
-            if name in kwargs:
-                raise ValueError(
-                    f"`{name}` ({kwargs[name]}) is the codec's, here {getattr(self, name)}: give it to "
-                    "`autoencoder_config`."
-                )
         super().__post_init__(**kwargs)
         for part in (self.backbone_config, self.autoencoder_config, self.head_config):
             part._name_or_path = ""  # a folder of the machine that trained, which would travel with the weights

@@ -5,11 +5,12 @@ backbone once per patch, so processors, stopping criteria and streamers work unc
 """
 
 import torch
-from transformers.generation import GenerationMixin, StoppingCriteriaList
+from transformers.generation import GenerationConfig, GenerationMixin, StoppingCriteriaList
 
 from .cache_latentforge import LatentForgeCache
-from .latent_sampling import PatchSampling, check_patch_sampling
-from .modeling_autoencoder import check_token_ids
+from .configuration_autoencoder import nearest_name
+from .latent_sampling import PatchSampling, check_patch_options, check_patch_sampling
+from .modeling_autoencoder import check_mask, check_token_ids
 
 
 # entries of a GenerationConfig that transformers does not know, and their defaults
@@ -17,11 +18,19 @@ PATCH_OPTIONS = {"patch_temperature": None, "patch_sampling": "exact", "max_draw
 # a patch that is sampled whole leaves these nothing to choose from; the value that stock transformers takes for "off"
 TOKEN_OPTIONS = {
     "temperature": 1.0,
+    "top_k": 0,
     "top_p": 1.0,
     "min_p": None,
+    "top_h": None,
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "sequence_bias": None,
+    "exponential_decay_length_penalty": None,
+    "watermarking_config": None,
+    "guidance_scale": 1.0,
 }
 
 
@@ -53,14 +62,29 @@ class LatentGenerationMixin(GenerationMixin):
     """
 
     def _prepare_generation_config(self, generation_config, *args, **kwargs):
-        given = {name: kwargs.pop(name) for name in PATCH_OPTIONS if name in kwargs}
+        own = {} if generation_config is None else vars(generation_config)
+        # an entry that is there says something, also None: "off", whatever the model's own config stores. A draft's
+        # config is made of the other model's
+        is_draft = bool(own.get("is_assistant"))
+        given = {name: own[name] for name in PATCH_OPTIONS if name in own and not is_draft}
+        given |= {name: kwargs.pop(name) for name in PATCH_OPTIONS if name in kwargs}
+        top_k = [kwargs.get("top_k"), own.get("top_k"), self.generation_config.top_k]
         result, model_kwargs = super()._prepare_generation_config(generation_config, *args, **kwargs)
+        for name in set(vars(result)) - set(vars(GenerationConfig())) - set(PATCH_OPTIONS):
+            meant = nearest_name(name, PATCH_OPTIONS)
+            if meant:
+                raise ValueError(
+                    f"The generation config has no entry `{name}` (value {getattr(result, name)!r}): did you mean "
+                    f"`{meant}`?"
+                )
         for name, default in PATCH_OPTIONS.items():
-            stored = getattr(result, name, None)
-            if stored is None:
-                stored = getattr(self.generation_config, name, None)
-            stored = default if stored is None else stored
-            setattr(result, name, given.get(name, stored))
+            stored = getattr(self.generation_config, name, None)
+            value = given.get(name, stored)
+            setattr(result, name, default if value is None else value)
+        if result.patch_temperature is not None:
+            # transformers fills in 50 where nobody asked
+            result.top_k = next((value for value in top_k if value is not None), 0)
+        check_patch_options(result.patch_sampling, result.max_draws)
         return result, model_kwargs
 
     def _prepare_cache_for_generation(
@@ -117,17 +141,24 @@ class LatentGenerationMixin(GenerationMixin):
     def _with_grid(self, input_ids, generation_config, kwargs: dict) -> dict:
         """LatentForge specific: what `forward` must be told at every token of one `generate`."""
         mask = kwargs.get("attention_mask")
-        masked = mask is not None and mask.shape == input_ids.shape
+        if mask is not None:
+            check_mask(mask, input_ids)
         # an id under the mask may be any: nothing reads it
-        check_token_ids(input_ids.masked_fill(mask == 0, 0) if masked else input_ids, self.config.vocab_size)
+        check_token_ids(input_ids if mask is None else input_ids.masked_fill(mask == 0, 0), self.config.vocab_size)
+        patch_size = self.config.patch_size
         backbone_limit = getattr(self.config.backbone_config, "max_position_embeddings", None)
-        if backbone_limit and input_ids.shape[1] > backbone_limit * self.config.patch_size:
+        if backbone_limit and input_ids.shape[1] > backbone_limit * patch_size:
             raise ValueError(
                 f"The prompt has {input_ids.shape[1]} tokens, the model reads at most {backbone_limit} patches of "
-                f"{self.config.patch_size}, {backbone_limit * self.config.patch_size} tokens: shorten the prompt."
+                f"{patch_size}, {backbone_limit * patch_size} tokens: shorten the prompt."
             )
+        read = generation_config.max_length - 1  # tokens; the last one is never read
+        if self.config.decoder_type == "parallel":
+            read += -input_ids.shape[1] % patch_size
+        self._check_context(read)
+        self._check_slots(kwargs.get("past_key_values"), read)
         kwargs = dict(kwargs)
-        if mask is not None and mask.dim() == 2:
+        if mask is not None:
             empty = [row for row, tokens in enumerate(mask[:, : input_ids.shape[1]].sum(1).tolist()) if not tokens]
             if empty:
                 raise ValueError(
@@ -181,7 +212,7 @@ class LatentGenerationMixin(GenerationMixin):
             if value is not None and value != neutral:
                 raise ValueError(
                     f"{asked}chooses whole patches and leaves `{name}` ({value}) nothing to choose: drop "
-                    f"the latter{off}"
+                    f"the latter ({neutral} where it is stored){off}"
                 )
         cache, places = kwargs.get("past_key_values"), input_ids.shape[1] + kwargs["patch_offset"]
         if isinstance(cache, LatentForgeCache) and cache.seq_length:

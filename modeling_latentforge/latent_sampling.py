@@ -126,13 +126,20 @@ def check_patch_sampling(temperature: float, form: str, max_draws: int) -> None:
             f"`patch_temperature` ({temperature!r}) must be a number in (0, 1]: a distribution that can only be drawn "
             "from can be sharpened, not flattened. None switches it off."
         )
-    if form not in SAMPLERS:
-        raise ValueError(f"`patch_sampling` ({form!r}) must be one of {sorted(SAMPLERS)}.")
-    if not isinstance(max_draws, int) or isinstance(max_draws, bool) or max_draws < math.ceil(1 / temperature):
+    check_patch_options(form, max_draws)
+    if max_draws < math.ceil(1 / temperature):
         raise ValueError(
             f"`max_draws` ({max_draws!r}) must be a whole number of at least {math.ceil(1 / temperature)}, the equal "
             f"draws that `patch_temperature` {temperature} asks for."
         )
+
+
+def check_patch_options(form: str, max_draws: int) -> None:
+    """What can be said without a temperature. Raises ValueError with the value and the remedy."""
+    if form not in SAMPLERS:
+        raise ValueError(f"`patch_sampling` ({form!r}) must be one of {sorted(SAMPLERS)}.")
+    if not isinstance(max_draws, int) or isinstance(max_draws, bool) or max_draws < 1:
+        raise ValueError(f"`max_draws` ({max_draws!r}) must be a whole number of at least 1.")
 
 
 def split_exponent(temperature: float) -> tuple[int, float]:

@@ -63,10 +63,26 @@ def check_token_ids(input_ids: torch.LongTensor, vocab_size: int) -> None:
         )
 
 
+def check_mask(attention_mask: torch.Tensor, input_ids: torch.LongTensor, past: int = 0) -> None:
+    """Raises ValueError for a mask that is not `(B, T)`, nor `(B, past + T)`, to ids `(B, T)`: it would be broadcast,
+    or end in a shape's error."""
+    if torch.compiler.is_compiling():
+        return
+    batch, length = input_ids.shape
+    if attention_mask.shape not in ((batch, length), (batch, past + length)):
+        raise ValueError(
+            f"`attention_mask` of shape {tuple(attention_mask.shape)} does not fit `input_ids` ({batch}, {length})"
+            f"{f' after {past} tokens in the cache' if past else ''}: pass one number per token, 1 for text and 0 for "
+            "padding."
+        )
+
+
 class CompleteCheckpointMixin:
     """transformers fills weights that a checkpoint lacks with random numbers and a warning; here it is an error: half
     a codec, or a LoRA run's backbone, is no model."""
 
+    # of a class that is one part of a checkpoint: how the names of the others' weights begin
+    _beside_me: tuple[str, ...] = ()
     # what a `quantization_config` leaves as it is where it names nothing itself: first parts of modules' names
     _keep_unquantized: tuple[str, ...] = ()
 
@@ -76,7 +92,7 @@ class CompleteCheckpointMixin:
         says.
 
         Raises:
-            ValueError: the checkpoint lacks weights of the model, has others' shapes, or is damaged.
+            ValueError: the checkpoint lacks weights of the model, has more, has others' shapes, or is damaged.
         """
         name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         if kwargs.get("quantization_config") is not None and cls._keep_unquantized:
@@ -100,6 +116,12 @@ class CompleteCheckpointMixin:
                 f"{name} is no complete {cls.__name__}: "
                 f"{len(missing)} of its weights are missing, {', '.join(missing[:3])} first. It is another model's "
                 "checkpoint, one of an older version, or one taken during a LoRA run, whose final folder is complete."
+            )
+        unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(cls._beside_me))
+        if unexpected:
+            raise ValueError(
+                f"{name} holds {len(unexpected)} weights that its config has no place for, "
+                f"{', '.join(unexpected[:3])} first: the config was edited (fewer layers?), or is another model's."
             )
         return (model, info) if output_loading_info else model
 
@@ -244,6 +266,16 @@ class LatentForgeAutoencoder(CompleteCheckpointMixin, PreTrainedModel):
             )
         return input_ids.unflatten(-1, (-1, self.config.patch_size))
 
+    def _fill_last_patch(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        eos = self.config.eos_token_id
+        filler = self.config.pad_token_id
+        if filler is None:
+            filler = eos[0] if isinstance(eos, list) else eos
+        missing = -input_ids.shape[1] % self.config.patch_size
+        if filler is None or not missing:
+            return input_ids
+        return nn.functional.pad(input_ids, (0, missing), value=filler)
+
     def encode(self, input_ids: torch.LongTensor) -> LatentForgeAutoencoderEncoding:
         """`(B, T)` ids -> posterior mean and log standard deviation, `(B, N, D)`. In training, tokens are dropped
         (`token_dropout`)."""
@@ -270,7 +302,8 @@ class LatentForgeAutoencoder(CompleteCheckpointMixin, PreTrainedModel):
         """Reconstruct.
 
         Args:
-            input_ids: `(B, T)`, T a multiple of K. Padding is a token like any other: a codec must give it back.
+            input_ids: `(B, T)`, with labels T a multiple of K; without, the last patch is filled up with
+                `pad_token_id`, else EOS. Padding is a token like any other: a codec must give it back.
             attention_mask: accepted because tokenizers send it; the codec has no use for it.
             labels: `(B, T)` ids to reconstruct, -100 where nothing is asked. Then `loss` is set and `logits` are never
                 made.
@@ -279,6 +312,9 @@ class LatentForgeAutoencoder(CompleteCheckpointMixin, PreTrainedModel):
         `loss` = K * cross-entropy per token + `kl_weight` * KL per patch, both in nats; `loss_components` names them
         `reconstruction` (times K) and `kl` (before its weight, clamped).
         """
+        length = input_ids.shape[1]
+        if labels is None:
+            input_ids = self._fill_last_patch(input_ids)
         encoding = self.encode(input_ids)
         latents = encoding.mean
         if self.training:
@@ -286,7 +322,7 @@ class LatentForgeAutoencoder(CompleteCheckpointMixin, PreTrainedModel):
             latents = nn.functional.dropout(latents, self.config.latent_dropout)
         output = LatentForgeAutoencoderOutput(last_hidden_state=encoding.mean, log_std=encoding.log_std)
         if labels is None:
-            output.logits = self.decode(latents).flatten(1, 2)  # (B, T, V)
+            output.logits = self.decode(latents).flatten(1, 2)[:, :length]  # (B, T, V)
             return output
 
         num_items = num_items_in_batch if num_items_in_batch is not None else (labels != -100).sum().clamp(min=1)

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.utils import ModelOutput, logging
 
 from .cache_latentforge import LatentForgeCache
@@ -32,6 +32,7 @@ from .modeling_autoencoder import (
     CompleteCheckpointMixin,
     LatentForgeAutoencoder,
     LatentForgeDecoder,
+    check_mask,
     check_token_ids,
     project_few,
 )
@@ -150,6 +151,8 @@ class LatentForgePreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
 class LatentForgeModel(LatentForgePreTrainedModel):
     """Patches -> conditions: what is known before each patch."""
 
+    _beside_me = ("head.", "decoder.", "lm_head.", "autoencoder.")
+
     def __init__(self, config: LatentForgeConfig):
         super().__init__(config)
         hidden_size = config.backbone_config.hidden_size
@@ -167,6 +170,8 @@ class LatentForgeModel(LatentForgePreTrainedModel):
             )
         # never used, and a parameter without gradient breaks DDP
         self.backbone.set_input_embeddings(None)
+        # a table of learned positions ends; other positions go on, at most with worse text
+        self.has_position_table = any(isinstance(module, nn.Embedding) for module in self.backbone.modules())
         self.post_init()
 
     def forward(
@@ -360,12 +365,41 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": reference}
         return super().save_pretrained(save_directory, **kwargs)
 
+    # -- what is too much, or does not fit
+
+    def _check_context(self, num_tokens: int) -> None:
+        if torch.compiler.is_compiling():
+            return
+        limit = getattr(self.config.backbone_config, "max_position_embeddings", None)
+        if limit and self.model.has_position_table and num_tokens // self.config.patch_size > limit:
+            raise ValueError(
+                f"A text of {num_tokens} tokens has {num_tokens // self.config.patch_size} patches, and the "
+                f"backbone's table of positions ends at {limit} ({limit * self.config.patch_size} tokens): shorten "
+                "the text, or lower `max_new_tokens`."
+            )
+
+    def _check_slots(self, cache: Cache | None, num_tokens: int) -> None:
+        if torch.compiler.is_compiling():
+            return
+        layers = getattr(getattr(cache, "backbone", cache), "layers", ())
+        sizes = [layer.max_cache_len for layer in layers if isinstance(layer, StaticLayer) and not layer.is_sliding]
+        num_patches = num_tokens // self.config.patch_size
+        if sizes and num_patches > min(sizes):
+            raise ValueError(
+                f"A text of {num_tokens} tokens fills {num_patches} slots, one a patch of {self.config.patch_size}, "
+                f"and the static cache has {min(sizes)}: pass one with `max_cache_len={num_patches}`, or lower "
+                "`max_new_tokens`."
+            )
+
     # -- the grid
 
     def _lay_out(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, patch_offset: int | None
     ) -> Grid:
-        mask = None if attention_mask is None else attention_mask.bool()
+        mask = None
+        if attention_mask is not None:
+            check_mask(attention_mask, input_ids)
+            mask = attention_mask.bool()
         if self.config.decoder_type == "parallel":
             offset = -input_ids.shape[1] % self.config.patch_size if patch_offset is None else patch_offset
             if not 0 <= offset < self.config.patch_size:
@@ -541,7 +575,9 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         Raises:
             TypeError: a keyword that means nothing here, unless it is None or False.
             ValueError: `inputs_embeds`, a `patch_offset` out of range, an unknown loss part, all weights zero, `kd`
-                without `distillation`, `energy` without an energy head, a foreign filled cache.
+                without `distillation`, `energy` without an energy head, a foreign filled cache, a mask of another
+                width, a static cache with too few slots, more patches than a table of positions has. Rotary positions
+                go on beyond `max_position_embeddings` as in any transformers model; `generate` refuses such prompts.
         """
         if inputs_embeds is not None:
             raise ValueError(
@@ -590,6 +626,8 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         grid = self._lay_out(input_ids, attention_mask, patch_offset)
         if input_ids.device.type == "cpu":  # elsewhere a look at the values waits for the device; `generate` looks
             check_token_ids(grid.input_ids, self.config.vocab_size)
+        self._check_context(grid.input_ids.shape[1])
+        self._check_slots(cache, grid.input_ids.shape[1])
         conditions, patch_mask = self._conditions(grid, None if cache is None else cache.backbone, cache is not None)
         if self.config.decoder_type == "autoregressive":
             latents = self.sample_latents(conditions, sample_noise)
@@ -806,8 +844,10 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
     def _forward_cached(
         self, input_ids, attention_mask, cache, logits_to_keep, sample_noise, patch_sampling
     ) -> LatentForgeOutput:
+        self._check_context(max(cache.lengths) + input_ids.shape[1])
         mask = None
         if attention_mask is not None:
+            check_mask(attention_mask, input_ids, cache.seq_length)
             mask = attention_mask[:, -input_ids.shape[1] :].bool()
             if 0 in cache.lengths:
                 raise ValueError(

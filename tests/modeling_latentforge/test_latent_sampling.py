@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, WatermarkingConfig
 
 from modeling_latentforge import LatentForgeAutoencoder, LatentForgeAutoencoderConfig, LatentForgeForCausalLM
 from modeling_latentforge.latent_sampling import (
@@ -246,10 +246,10 @@ def test_nothing_is_drawn_for_a_row_that_has_ended():
     torch.manual_seed(5)
     eos = int(_generate(student, ids)[0, 7])
     torch.manual_seed(5)
-    with sampler_named("exact", sample_exact) as draws:
+    with sampler_named("exact", sample_exact) as samples:
         made = _generate(student, ids, eos_token_id=eos)[:, 6:]
-    patches = [sum(bool((row[: 4 * n] != eos).all()) for row in made) for n in range(len(draws))]
-    assert [len(x) for x in draws] == patches and patches[1] < 3
+    patches = [sum(bool((row[: 4 * n] != eos).all()) for row in made) for n in range(len(samples))]
+    assert [len(sample.draws) for sample in samples] == patches and patches[1] < 3
 
 
 def test_a_forbidden_token_of_a_sampled_patch_is_replaced():
@@ -302,6 +302,13 @@ def test_the_options_travel_with_the_model(tmp_path):
         ({"num_beams": 2}, "`num_beams` is 2: set it to 1"),
         ({"temperature": 0.7}, r"leaves `temperature` \(0.7\) nothing to choose"),
         ({"top_p": 0.9}, r"leaves `top_p` \(0.9\) nothing to choose"),
+        ({"top_k": 50}, r"leaves `top_k` \(50\) nothing to choose: drop the latter \(0 where it is stored\)"),
+        ({"top_h": 0.4}, r"leaves `top_h` \(0.4\) nothing to choose"),
+        ({"repetition_penalty": 1.2}, r"leaves `repetition_penalty` \(1.2\) nothing to choose"),
+        ({"sequence_bias": [[[65], 2.0]]}, r"leaves `sequence_bias` \(.*65.*\) nothing to choose"),
+        ({"exponential_decay_length_penalty": (2, 1.1), "eos_token_id": 3}, "leaves `exponential_decay_length"),
+        ({"watermarking_config": WatermarkingConfig()}, "leaves `watermarking_config`"),
+        ({"guidance_scale": 1.5}, r"leaves `guidance_scale` \(1.5\) nothing to choose"),
         ({"prompt_lookup_num_tokens": 3}, "which the test of a draft needs: drop the draft"),
         ({"patch_offset": 1}, "the prompt ends after 3 of the 4 tokens"),
     ],
@@ -311,6 +318,27 @@ def test_what_cannot_be_sampled_says_so(options, message):
     """Each would give text, of another distribution than the one asked for."""
     with pytest.raises(ValueError, match=message):
         _generate(tiny_student("energy", "parallel"), text_batch(1, 6), **options)
+
+
+def test_a_generation_config_that_says_none_switches_the_stored_value_off():
+    """None means unset to transformers, and the stored temperature would come back."""
+    student, ids = tiny_student("energy", "parallel"), text_batch(1, 6)
+    greedy = student.generate(ids, do_sample=False, max_new_tokens=5)
+    student.generation_config.patch_temperature = 0.5
+    off = GenerationConfig(patch_temperature=None, do_sample=False, max_new_tokens=5)
+    assert torch.equal(greedy, student.generate(ids, generation_config=off))
+
+
+def test_options_are_checked_where_no_temperature_uses_them():
+    """A slip in a stored file is found at its first use, not when somebody sets a temperature."""
+    student, ids = tiny_student("energy", "parallel"), text_batch(1, 6)
+    with pytest.raises(ValueError, match=r"`patch_sampling` \('exakt'\) must be one of"):
+        student.generate(ids, patch_sampling="exakt")
+    with pytest.raises(ValueError, match=r"`max_draws` \(0\) must be a whole number of at least 1"):
+        student.generate(ids, max_draws=0)
+    student.generation_config.patch_temperatur = 0.5
+    with pytest.raises(ValueError, match="no entry `patch_temperatur` .value 0.5.: did you mean `patch_temperature`"):
+        student.generate(ids)
 
 
 @pytest.mark.parametrize(

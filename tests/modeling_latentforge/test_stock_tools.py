@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    GPT2Config,
     StaticCache,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -19,7 +20,13 @@ from transformers import (
     set_seed,
 )
 
-from modeling_latentforge import LatentForgeConfig, LatentForgeForCausalLM, LatentHeadConfig
+from modeling_latentforge import (
+    LatentForgeAutoencoderConfig,
+    LatentForgeConfig,
+    LatentForgeForCausalLM,
+    LatentForgeModel,
+    LatentHeadConfig,
+)
 from tests.conftest import HEAD_DECODER, PAD, VOCAB, text_batch, tiny_autoencoder, tiny_student
 from tests.trainers.training_helpers import byte_tokenizer
 
@@ -220,6 +227,71 @@ def test_an_id_under_the_mask_may_be_any(decoder):
     assert torch.equal(made[:, 6:], _generate(student, padded, attention_mask=mask)[:, 6:])
 
 
+@DECODERS
+def test_a_mask_of_another_width_is_refused(decoder):
+    """It would be broadcast, cut, or end in an error about shapes inside."""
+    student, ids = tiny_student("regression", decoder), text_batch(2, 6)
+    for shape in ((2, 7), (2, 5), (1, 6), (2, 1, 6, 6)):
+        mask = torch.ones(shape, dtype=torch.long)
+        mask[..., 0] = 0
+        with pytest.raises(ValueError, match=re.escape(f"shape {shape} does not fit `input_ids` (2, 6)")):
+            student(ids, attention_mask=mask)
+        if len(shape) == 2:
+            with pytest.raises(ValueError, match=re.escape(f"shape {shape} does not fit `input_ids` (2, 6)")):
+                _generate(student, ids, attention_mask=mask)
+    cache = student(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"\(2, 6\) does not fit `input_ids` \(2, 1\) after 6 tokens in the cache"):
+        student(ids[:, :1], attention_mask=torch.ones(2, 6), past_key_values=cache)
+
+
+@DECODERS
+def test_a_text_beyond_a_table_of_positions_is_refused_before_it_is_written(decoder):
+    """An index error after minutes names no length, and the text so far is lost."""
+    backbone = GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=4)
+    student = LatentForgeForCausalLM.from_autoencoder(tiny_autoencoder(), backbone, decoder_type=decoder)
+    assert _generate(student, text_batch(1, 8), max_new_tokens=12).shape == (1, 20)
+    with pytest.raises(ValueError, match="table of positions ends at 4 .16 tokens.: shorten the text, or lower"):
+        _generate(student, text_batch(1, 8), max_new_tokens=13)
+    with pytest.raises(ValueError, match="A text of 20 tokens has 5 patches"):
+        student(text_batch(1, 20))
+    cache = student(text_batch(1, 16), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="A text of 20 tokens has 5 patches"):
+        student(text_batch(1, 4), past_key_values=cache)
+
+
+@DECODERS
+def test_a_static_cache_with_too_few_slots_is_refused_before_it_is_filled(decoder):
+    """`index_copy_` out of bounds, from inside of transformers."""
+    student, ids = tiny_student("regression", decoder), text_batch(1, 6)
+    config = student.config.backbone_config
+    assert _generate(student, ids, past_key_values=StaticCache(config, max_cache_len=4)).shape == (1, 17)
+    with pytest.raises(ValueError, match="fills 4 slots, one a patch of 4, and the static cache has 3: pass one with"):
+        _generate(student, ids, past_key_values=StaticCache(config, max_cache_len=3))
+    with pytest.raises(ValueError, match="fills 2 slots, one a patch of 4, and the static cache has 1"):
+        student(text_batch(1, 8), past_key_values=StaticCache(config, max_cache_len=1))
+
+
+@DECODERS
+def test_guidance_weighs_the_text_without_its_prompt(decoder):
+    """The stock processor runs the model a second time, from the prompt's last token on: with a grid of its own."""
+    student, ids = tiny_student("regression", decoder), text_batch(1, 8)
+    options = {"return_dict_in_generate": True, "output_scores": True}
+    made = _generate(student, ids, guidance_scale=1.5, max_new_tokens=6, **options)
+    for step, scores in enumerate(made.scores):
+        so_far = made.sequences[:, : 8 + step]
+        offsets = {} if decoder == "autoregressive" else {"patch_offset": 0}
+        given = student(so_far, **offsets).logits[:, -1].log_softmax(-1)
+        offsets = {} if decoder == "autoregressive" else {"patch_offset": 3}
+        alone = student(so_far[:, 7:], **offsets).logits[:, -1].log_softmax(-1)
+        torch.testing.assert_close(scores, alone + 1.5 * (given - alone), rtol=0, atol=1e-4)
+
+
+def test_drafts_into_a_static_cache_are_refused():
+    """transformers goes back in no static cache."""
+    with pytest.raises(ValueError, match="assisted generate is not supported with Static cache"):
+        _generate(tiny_student(), text_batch(1, 6), prompt_lookup_num_tokens=3, cache_implementation="static")
+
+
 # -- loading
 
 
@@ -243,6 +315,25 @@ def test_a_codec_that_disagrees_with_the_weights_is_refused(folder, field, value
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("part, field", [("backbone_config", "num_hidden_layers"), ("head_config", "num_layers")])
+def test_weights_without_a_place_are_refused(folder, part, field):
+    """Of a config with fewer layers than the checkpoint, half a model would load, with a warning."""
+    config = json.loads((folder / "config.json").read_text())
+    config[part][field] -= 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"weights that its config has no place for, .* the config was edited"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_part_of_a_student_loads_from_the_whole(folder):
+    """Its other weights are none too many."""
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    part = LatentForgeModel.from_pretrained(folder)
+    assert all(
+        torch.equal(x, y) for x, y in zip(part.state_dict().values(), whole.model.state_dict().values(), strict=True)
+    )
+
+
 def test_a_misspelt_field_is_refused_in_code_and_in_a_file(folder):
     """transformers keeps unknown keys, and the field keeps its default."""
     config = json.loads((folder / "config.json").read_text())
@@ -258,9 +349,17 @@ def test_a_misspelt_field_is_refused_in_code_and_in_a_file(folder):
             AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ValueError, match="did you mean `decoder_type`"):
         LatentForgeConfig(decoder_typ="parallel")
+    with pytest.raises(ValueError, match="no field `window` .value 3.: did you mean `decoder_window`"):
+        LatentForgeConfig(window=3)
+    with pytest.raises(ValueError, match=re.escape("is a field of `head_config`: pass head_config={'head_type': ")):
+        LatentForgeConfig(head_type="energy")
+    with pytest.raises(ValueError, match="`hidden_size` .64. is a field of `backbone_config`"):
+        LatentForgeConfig(hidden_size=64)
+    with pytest.raises(ValueError, match="no field `kl` .value 1.: did you mean `kl_weight`"):
+        LatentForgeAutoencoderConfig(kl=1)
     assert LatentForgeConfig(note_of_mine="kept").note_of_mine == "kept"
     assert LatentForgeConfig(eot_token_id=3).eot_token_id == 3  # near `eos_token_id`, and meant
-    with pytest.raises(ValueError, match="`patch_size` .16. is the codec's, here 8: give it to `autoencoder_config`"):
+    with pytest.raises(ValueError, match="`patch_size` .16. is a field of `autoencoder_config`"):
         LatentForgeConfig(patch_size=16)
     with pytest.raises(StrictDataclassClassValidationError, match="`decoder_num_heads` must be at least 1, got 0"):
         LatentForgeConfig(decoder_num_heads=0)
@@ -337,6 +436,26 @@ def test_feature_extraction_pipeline_gives_latents(tmp_path):
     expected = codec.encode(tokenizer(text, return_tensors="pt").input_ids).mean
     assert features.shape == (1, len(text) // 4, 16)
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-6)
+
+
+def test_feature_extraction_takes_texts_of_any_length(tmp_path):
+    """Few texts are whole patches: the last one is filled up, as a text's end was in training."""
+    codec, tokenizer = tiny_autoencoder(), byte_tokenizer()
+    codec.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    features = pipeline("feature-extraction", model=str(tmp_path))("The ferry leaves on", return_tensors=True)
+    ids = tokenizer("The ferry leaves on", return_tensors="pt").input_ids  # 19
+    filled = torch.nn.functional.pad(ids, (0, 1), value=codec.config.pad_token_id)
+    torch.testing.assert_close(features, codec.encode(filled).mean, rtol=0, atol=1e-6)
+    assert codec(ids).logits.shape[1] == 19
+    with pytest.raises(ValueError, match="19 tokens are no multiple of `patch_size` .4.. Pad the text"):
+        codec(ids, labels=ids)
+    codec.config.pad_token_id, codec.config.eos_token_id = None, [7, 9]
+    filled[0, -1] = 7
+    torch.testing.assert_close(codec(ids).last_hidden_state, codec.encode(filled).mean, rtol=0, atol=1e-6)
+    codec.config.eos_token_id = None
+    with pytest.raises(ValueError, match="19 tokens are no multiple"):
+        codec(ids)
 
 
 # -- adapters

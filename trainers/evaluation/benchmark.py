@@ -490,8 +490,9 @@ TABLES = {
     ),
     "sampling": Table(
         "Likelihood-free sampling",
-        "Temperature 0.5 on whole patches, at most 200 draws a patch; CALM's algorithm 2 always makes 200. plain: "
-        "temperature 1, token by token. Batch 1, prompt 16.",
+        "Temperature 0.5 on whole patches, at most 200 draws a patch; CALM's algorithm 2 always makes 200. Too few "
+        "draws: patches chosen with what there was, of `exact` not exactly. plain: temperature 1, token by token. "
+        "Batch 1, prompt 16.",
         {
             "device": _column("device"),
             "model": _column("model"),
@@ -499,6 +500,7 @@ TABLES = {
             "tokens/s": _spread_column("runs"),
             "times CALM's": _column("times_calm"),
             "draws a patch": _column("draws"),
+            "too few draws": lambda row: f"{row['fallback']:.0%}",
         },
     ),
     "drafting": Table(

@@ -24,6 +24,8 @@ from modeling_latentforge.latent_sampling import (
     sample_exact,
 )
 
+from .speed import only_given_options
+
 
 Sampler = Callable[..., PatchSample]  # (draw, num_rows, temperature, max_draws, device)
 
@@ -168,19 +170,18 @@ def as_markdown(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 @contextmanager
-def sampler_named(name: str, sampler: Sampler) -> Iterator[list[torch.Tensor]]:
-    """`generate(patch_sampling=name)` runs `sampler` inside the block; yields the draws `(R,)` of each patch."""
-    draws: list[torch.Tensor] = []
+def sampler_named(name: str, sampler: Sampler) -> Iterator[list[PatchSample]]:
+    """`generate(patch_sampling=name)` runs `sampler` inside the block; yields what it returned."""
+    samples: list[PatchSample] = []
 
     def recorded(*args: Any, **kwargs: Any) -> PatchSample:
-        sample = sampler(*args, **kwargs)
-        draws.append(sample.draws)
-        return sample
+        samples.append(sampler(*args, **kwargs))
+        return samples[-1]
 
     before = SAMPLERS.get(name)
     SAMPLERS[name] = recorded
     try:
-        yield draws
+        yield samples
     finally:
         if before is None:
             del SAMPLERS[name]
@@ -209,41 +210,44 @@ def sampling_speed(
         samplers: by name; default exact, batched and CALM's.
 
     Returns:
-        per sampler: `tokens_per_second` (median, all rows together), `runs`, `draws` (mean per row and patch).
+        per sampler: `tokens_per_second` (median, all rows together), `runs`, `draws` (mean per row and patch) and
+        `fallback`, the share of patches for which `max_draws` were too few: of the exact form those are not exact.
     """
     if samplers is None:
         samplers = {"exact": sample_exact, "batched": sample_batched, "CALM": sample_calm}
     options = {
+        "attention_mask": torch.ones_like(input_ids),
         "do_sample": True,
+        "top_k": 0,
         "max_new_tokens": new_tokens,
         "min_new_tokens": new_tokens,
         "eos_token_id": None,
         "pad_token_id": model.config.pad_token_id or 0,
     }
     runs: dict[str, list[float]] = {name: [] for name in ("plain", *samplers)}
-    drawn: dict[str, float] = {"plain": 1.0}
+    counted: dict[str, dict[str, float]] = {"plain": {"draws": 1.0, "fallback": 0.0}}
     for turn in range(repeats + 1):
         for name in runs:
             torch.manual_seed(seed + turn)
             started = time.perf_counter()
-            if name == "plain":
-                model.generate(input_ids, **options)
-            else:
-                with sampler_named(name, samplers[name]) as draws:
-                    model.generate(
-                        input_ids,
-                        patch_temperature=temperature,
-                        patch_sampling=name,
-                        max_draws=max_draws,
-                        **options,
-                    )
-                drawn[name] = float(torch.cat(draws).double().mean())
+            with only_given_options(model):
+                if name == "plain":
+                    model.generate(input_ids, **options)
+                else:
+                    asked = {"patch_temperature": temperature, "patch_sampling": name, "max_draws": max_draws}
+                    with sampler_named(name, samplers[name]) as samples:
+                        model.generate(input_ids, **asked, **options)
             if input_ids.is_cuda:
                 torch.cuda.synchronize()
             if turn:
                 runs[name].append(input_ids.shape[0] * new_tokens / (time.perf_counter() - started))
+            if name != "plain":
+                counted[name] = {
+                    "draws": float(torch.cat([sample.draws for sample in samples]).double().mean()),
+                    "fallback": float((~torch.cat([sample.met for sample in samples])).double().mean()),
+                }
     return {
-        name: {"tokens_per_second": statistics.median(speeds), "runs": speeds, "draws": drawn[name]}
+        name: {"tokens_per_second": statistics.median(speeds), "runs": speeds, **counted[name]}
         for name, speeds in runs.items()
     }
 

@@ -108,6 +108,16 @@ class LoopbackServer:
 Fault = str | tuple[int, dict[str, str]] | None
 
 
+MADE_UP = "made up"
+
+
+def _made_up_rows(ids: list[int], k: int) -> bytes:
+    """JSON of made-up `prompt_logprobs` as text: a server that only sleeps must not take a core for its answers."""
+    entries = [f'"{i}":{{"logprob":{-3.0 - 0.1 * i:.6f},"rank":{i + 1},"decoded_token":null}}' for i in range(k)]
+    likely, last = ",".join(entries), f'{{"logprob":-9.0,"rank":{k + 1},"decoded_token":null}}'
+    return ("[null" + "".join(f',{{"{target}":{last},{likely}}}' for target in ids[1:]) + "]").encode()
+
+
 class FakeVLLM(LoopbackServer):
     """vLLM's OpenAI server, as far as a scoring client sees it.
 
@@ -191,8 +201,9 @@ class FakeVLLM(LoopbackServer):
             self.sleep(30)
         if fault == "cut":
             raise Cut
-        rows = None if k is None else self._prompt_logprobs(ids, k, generate)
-        if rows is not None:
+        made_up = self.model is None and fault is None and k is not None
+        rows: Any = MADE_UP if made_up else None if k is None else self._prompt_logprobs(ids, k, generate)
+        if rows is not None and not made_up:
             rows = _spoil(rows, fault)
         if fault == "missing":
             rows = None
@@ -207,6 +218,8 @@ class FakeVLLM(LoopbackServer):
             choice = {"index": 0, "text": "?", "logprobs": None, "finish_reason": "length", "prompt_logprobs": rows}
             reply = {"id": "cmpl-0", "object": "text_completion", "model": name, "usage": usage, "choices": [choice]}
         content = json.dumps(reply).encode()
+        if made_up:
+            content = content.replace(json.dumps(MADE_UP).encode(), _made_up_rows(ids, k))
         if fault == "truncate":
             content = content[: len(content) // 2]
         if fault == "html":
@@ -214,10 +227,8 @@ class FakeVLLM(LoopbackServer):
         return 200, {}, content
 
     def _prompt_logprobs(self, ids: list[int], k: int, generate: bool) -> list[Any]:
-        if self.model is None:
-            likely = {str(i): {"logprob": -3.0 - 0.1 * i, "rank": i + 1, "decoded_token": None} for i in range(k)}
-            last = {"logprob": -9.0, "rank": k + 1, "decoded_token": None}
-            return [None, *({str(target): last} | likely for target in ids[1:])]
+        if self.model is None:  # with a fault
+            return json.loads(_made_up_rows(ids, k))
         with self._lock, torch.no_grad():
             logprobs = self.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
         values, tops = logprobs.topk(max(k, 1))

@@ -177,6 +177,7 @@ def patch_sampling_speed(context: Context, new_tokens: int = 64, repeats: int = 
     calm = next(values for name, values in speed.items() if name.lower().startswith("calm"))["tokens_per_second"]
     figure = "; ".join(
         f"{name} {values['tokens_per_second']:.1f} tokens/s ({values['tokens_per_second'] / calm:.1f}x CALM's)"
+        + (f" with too few draws for {values['fallback']:.0%} of patches" if values["fallback"] else "")
         for name, values in speed.items()
     )
     return Measured(figure, speed["batched"]["tokens_per_second"] >= 5 * calm, speed)

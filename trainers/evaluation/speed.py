@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 
 @dataclass
@@ -52,12 +53,14 @@ def generation_speed(
     do_sample: bool = False,
     repeats: int = 5,
     seed: int = 0,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Tokens per second of several models that continue the same prompt, in turns.
 
     Taking turns lets a change of the machine's load fall on all models alike. The first round warms up, counts
     backbone steps and is not timed; on CUDA, where transformers compiles a token model with a static cache, a second
-    one warms up without the counter. Every model writes exactly `new_tokens` (EOS is held back). Threads and dtype
+    one warms up without the counter. Every model writes exactly `new_tokens` (EOS is held back), with the options
+    given here alone: a generation config that came with a checkpoint may sample, penalise or search. Threads and dtype
     are the models' own: compare like with like.
 
     Args:
@@ -67,6 +70,7 @@ def generation_speed(
         do_sample: sample at temperature 1, or take the likeliest token.
         repeats: counted rounds.
         seed: of the sampling, the same in every round.
+        options: further arguments of `generate`, by model.
 
     Returns:
         per model, medians over rounds and beside each the rounds themselves: `tokens_per_second` and `runs` (all rows
@@ -85,12 +89,13 @@ def generation_speed(
     for turn in range(repeats + warm_up):
         for name, model in models.items():
             torch.manual_seed(seed)
+            own = (options or {}).get(name, {})
             if turn:
-                seconds = _write(model, input_ids, new_tokens, do_sample)
+                seconds = _write(model, input_ids, new_tokens, do_sample, **own)
             else:
                 # a hook would be compiled in
                 with count_backbone_steps(model) as counter:
-                    seconds = _write(model, input_ids, new_tokens, do_sample, disable_compile=True)
+                    seconds = _write(model, input_ids, new_tokens, do_sample, disable_compile=True, **own)
                 steps[name] = counter.count / new_tokens
             if turn >= warm_up:
                 runs[name].append(seconds)
@@ -112,6 +117,18 @@ def _rates(runs: Sequence[tuple[float, float]], batch: int, new_tokens: int, ste
     }
 
 
+@contextmanager
+def only_given_options(model: Any) -> Iterator[None]:
+    """Inside, `generate` knows nothing of the model's own generation config but its special tokens."""
+    own = model.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in names})
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def _write(
     model: Any, input_ids: torch.Tensor, new_tokens: int, do_sample: bool, **options: Any
 ) -> tuple[float, float]:
@@ -128,13 +145,14 @@ def _write(
     try:
         _synchronize(input_ids)
         start = time.perf_counter()
-        written = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            **options,
-        )
+        with only_given_options(model):
+            written = model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                **options,
+            )
         _synchronize(input_ids)
         seconds = time.perf_counter() - start
     finally:
@@ -173,22 +191,17 @@ def decode_speed(
     """
     if baseline is not None and baseline not in models:
         raise ValueError(f"the baseline {baseline!r} is none of the models: {', '.join(models)}")
-    speed = generation_speed(models, input_ids, new_tokens=new_tokens, repeats=repeats)
+    ways, options, static = dict(models), {}, f"{baseline}, static cache"
+    # transformers' mark of models that take a static cache
+    if baseline is not None and getattr(models[baseline], "_can_compile_fullgraph", False):
+        ways[static], options[static] = models[baseline], {"cache_implementation": "static"}
+    speed = generation_speed(ways, input_ids, new_tokens=new_tokens, repeats=repeats, options=options)
     if baseline is None:
         return speed
-    token_lm = models[baseline]
     speed[baseline]["cache"] = "dynamic"
-    if getattr(token_lm, "_can_compile_fullgraph", False):  # transformers' mark of models that take a static cache
-        before = token_lm.generation_config.cache_implementation
-        token_lm.generation_config.cache_implementation = "static"
-        try:
-            (static,) = generation_speed(
-                {baseline: token_lm}, input_ids, new_tokens=new_tokens, repeats=repeats
-            ).values()
-        finally:
-            token_lm.generation_config.cache_implementation = before
-        if static["tokens_per_second"] > speed[baseline]["tokens_per_second"]:
-            speed[baseline] = {**static, "cache": "static"}
+    of_static = speed.pop(static, None)
+    if of_static is not None and of_static["tokens_per_second"] > speed[baseline]["tokens_per_second"]:
+        speed[baseline] = {**of_static, "cache": "static"}
     for values in speed.values():
         values["times_token_lm"] = values["tokens_per_second"] / speed[baseline]["tokens_per_second"]
     return speed

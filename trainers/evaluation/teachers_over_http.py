@@ -7,13 +7,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from ..verification import ROOT, Context, Measured, Row
 from .loopback_servers import CapacityServer, FakeVLLM, rate_and_refusals
+from .store_measures import tiny_token_lm
+from .verify_store import PATCH_SIZE, student_of_256
 from .vllm_parity import parity, save_tiny
 
 
@@ -131,13 +135,22 @@ def sleeping_server(folder: Path, latency: float) -> Iterator[str]:
         process.wait(30)
 
 
-def latency_prefetch(context: Context) -> Measured:
+@dataclass(frozen=True)
+class PrefetchSizes:
+    """Of [`latency_prefetch`]: rows of a batch, tokens of a row, steps that count and those before."""
+
+    rows: int = 12
+    block: int = 512
+    steps: int = 16
+    warm: int = 8
+
+
+def latency_prefetch(context: Context, sizes: PrefetchSizes = PrefetchSizes()) -> Measured:
     """The teacher alone as long as the training alone, which is when waiting hurts most; and three times as long."""
     from ..teachers import SparseSignal, TeacherCapabilities
 
-    _, tokenizer = tiny(context)
-    folder = context.work_dir / "tiny"
-    steps = 40
+    folder = tiny_token_lm(context.shared_dir / "tiny_teacher")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
 
     class Instant:
         vocab_size = num_tokens = len(tokenizer)
@@ -151,14 +164,14 @@ def latency_prefetch(context: Context) -> Measured:
 
         def close(self) -> None: ...
 
-    alone = train(context, Instant(), steps)
+    alone = train(context, Instant(), tokenizer, sizes)
     found: dict[str, Any] = {"training alone, s": alone}
     for name, share in (("teacher as slow as training", 1.0), ("three times as slow", 3.0)):
         # five batches are under way at once, so that one may take five steps
-        latency = share * 5 * alone / steps
+        latency = share * 5 * alone / sizes.steps
         with sleeping_server(folder, latency) as url:
-            teacher_alone = ask_alone(url, tokenizer, steps)
-            both = train(context, remote(url, tokenizer), steps)
+            teacher_alone = ask_alone(url, tokenizer, sizes)
+            both = train(context, remote(url, tokenizer, sizes), tokenizer, sizes)
         ratio = both / max(alone, teacher_alone)
         found[name] = {"latency": latency, "teacher alone, s": teacher_alone, "both, s": both, "ratio": ratio}
         context.say(f"{name}: {found[name]}")
@@ -167,48 +180,40 @@ def latency_prefetch(context: Context) -> Measured:
     return Measured(figure, max(ratios.values()) <= 1.1, {**found, "load": os.getloadavg()})
 
 
-ROWS_OF_BATCH, BLOCK = 8, 64
-
-
-def remote(url: str, tokenizer: Any) -> Any:
+def remote(url: str, tokenizer: Any, sizes: PrefetchSizes) -> Any:
     from ..teachers import FlowConfig, VLLMServerTeacher
 
     # the server only sleeps: all rows of five batches may run at once
-    return VLLMServerTeacher(url, tokenizer, config=FlowConfig(start=48, most=48))
+    rows = 5 * sizes.rows
+    return VLLMServerTeacher(url, tokenizer, config=FlowConfig(start=rows, most=rows))
 
 
-def blocks(tokenizer: Any, count: int) -> list[dict[str, list[int]]]:
+def blocks(tokenizer: Any, count: int, length: int) -> list[dict[str, list[int]]]:
     text = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py")))
     ids = tokenizer(text)["input_ids"]
-    while len(ids) < count * BLOCK:
+    while len(ids) < count * length:
         ids = ids + ids
-    pieces = [ids[BLOCK * n : BLOCK * (n + 1)] for n in range(count)]
-    return [{"input_ids": piece, "attention_mask": [1] * BLOCK, "labels": piece} for piece in pieces]
+    pieces = [ids[length * n : length * (n + 1)] for n in range(count)]
+    return [{"input_ids": piece, "attention_mask": [1] * length, "labels": piece} for piece in pieces]
 
 
-def ask_alone(url: str, tokenizer: Any, steps: int) -> float:
+def ask_alone(url: str, tokenizer: Any, sizes: PrefetchSizes) -> float:
     """Seconds for all batches without any training, asked ahead as the trainer asks."""
     from concurrent.futures import ThreadPoolExecutor
 
-    teacher = remote(url, tokenizer)
-    rows = blocks(tokenizer, steps * ROWS_OF_BATCH)
-    batches = [
-        torch.tensor([row["input_ids"] for row in rows[start : start + ROWS_OF_BATCH]])
-        for start in range(0, len(rows), ROWS_OF_BATCH)
-    ]
+    teacher = remote(url, tokenizer, sizes)
+    rows = torch.tensor([row["input_ids"] for row in blocks(tokenizer, sizes.steps * sizes.rows, sizes.block)])
     start = time.perf_counter()
     with ThreadPoolExecutor(5) as pool:
-        list(pool.map(teacher.signal, batches))
+        list(pool.map(teacher.signal, rows.split(sizes.rows)))
     seconds = time.perf_counter() - start
     teacher.close()
     return seconds
 
 
-def train(context: Context, teacher: Any, steps: int) -> float:
-    """Seconds of `steps` steps, without start-up."""
-    from transformers import LlamaConfig, TrainerCallback
-
-    from modeling_latentforge import LatentForgeAutoencoder, LatentForgeAutoencoderConfig, LatentForgeForCausalLM
+def train(context: Context, teacher: Any, tokenizer: Any, sizes: PrefetchSizes) -> float:
+    """Seconds of `sizes.steps` steps, without start-up."""
+    from transformers import TrainerCallback
 
     from ..data import PatchCollator
     from ..kd_config import KDConfig
@@ -218,30 +223,18 @@ def train(context: Context, teacher: Any, steps: int) -> float:
         start = end = 0.0
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 8:  # threads, caches and the queue of questions are warm
+            if state.global_step == sizes.warm:  # threads, caches and the queue of questions are warm
                 self.start = time.perf_counter()
             self.end = time.perf_counter()
 
-    tokenizer = tiny(context)[1]
     torch.manual_seed(0)
-    codec = LatentForgeAutoencoder(
-        LatentForgeAutoencoderConfig(vocab_size=len(tokenizer), patch_size=4, hidden_size=64, intermediate_size=128)
-    )
-    backbone = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-    )
     clock = Clock()
-    warm = 8
     trainer = KDTrainer(
-        model=LatentForgeForCausalLM.from_autoencoder(codec, backbone),
+        model=student_of_256(len(tokenizer)),
         args=KDConfig(
             str(context.work_dir / "run"),
-            max_steps=steps + warm,
-            per_device_train_batch_size=ROWS_OF_BATCH,
+            max_steps=sizes.steps + sizes.warm,
+            per_device_train_batch_size=sizes.rows,
             learning_rate=1e-4,
             report_to="none",
             save_strategy="no",
@@ -250,8 +243,8 @@ def train(context: Context, teacher: Any, steps: int) -> float:
             use_cpu=True,
         ),
         teacher=teacher,
-        train_dataset=blocks(tokenizer, (steps + warm) * ROWS_OF_BATCH),
-        data_collator=PatchCollator(4),
+        train_dataset=blocks(tokenizer, (sizes.steps + sizes.warm) * sizes.rows, sizes.block),
+        data_collator=PatchCollator(PATCH_SIZE),
         callbacks=[clock],
     )
     trainer.train()
@@ -403,7 +396,7 @@ HTTP_ROWS = [
         "training with a teacher that costs only latency, against the slower of both alone",
         "<= 1.1x",
         latency_prefetch,
-        setup="4 x 128 student, 8 rows of 64 tokens, 40 steps after 8, five batches asked about at once",
+        setup="4 x 256 student, V=4096, 12 rows of 512 tokens, 16 steps after 8, five batches asked about at once",
     ),
     Row(
         "scoring_backends",

@@ -76,24 +76,27 @@ def store_kill(context: Context, kills: int = KILLS) -> Measured:
     return Measured(figure, passed, {"rounds": rounds, "megabytes": megabytes})
 
 
+PATCH_SIZE = 4
+
+
+def student_of_256(vocab_size: int) -> LatentForgeForCausalLM:
+    """4 x 256, the size at which what a teacher adds to a step is measured."""
+    shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
+    codec = LatentForgeAutoencoder(
+        LatentForgeAutoencoderConfig(
+            vocab_size=vocab_size, patch_size=PATCH_SIZE, hidden_size=256, intermediate_size=512
+        )
+    )
+    return LatentForgeForCausalLM.from_autoencoder(
+        codec, LlamaConfig(vocab_size=vocab_size, **shape), **STUDENT, decoder_hidden_size=256
+    )
+
+
 def warm_store(context: Context, **sizes: int) -> Measured:
-    patch_size = 4
-
-    def student(vocab_size: int) -> LatentForgeForCausalLM:
-        shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4}
-        codec = LatentForgeAutoencoder(
-            LatentForgeAutoencoderConfig(
-                vocab_size=vocab_size, patch_size=patch_size, hidden_size=256, intermediate_size=512
-            )
-        )
-        return LatentForgeForCausalLM.from_autoencoder(
-            codec, LlamaConfig(vocab_size=vocab_size, **shape), **STUDENT, decoder_hidden_size=256
-        )
-
     teacher = tiny_token_lm(context.shared_dir / "tiny_teacher")
     shapes = {"top 20": Shape(20), "12 exact + 8 draws": Shape(12, 8)}
     measured = {
-        name: warm_store_slowdown(teacher, student, context.work_dir, patch_size, shape, **sizes)
+        name: warm_store_slowdown(teacher, student_of_256, context.work_dir, PATCH_SIZE, shape, **sizes)
         for name, shape in shapes.items()
     }
     figure = "; ".join(

@@ -87,11 +87,12 @@ def test_parity_finds_a_teacher_of_other_weights(tmp_path: Path, capsys: pytest.
 def test_the_training_s_teacher_is_asked_about_every_batch(context: Context):
     """Training that skips what the teacher is slow to say would look as if waiting cost nothing."""
     _, tokenizer = teachers_over_http.tiny(context)
+    sizes = teachers_over_http.PrefetchSizes(rows=2, block=16, steps=5, warm=2)
     with FakeVLLM(None, tokenizer, latency=0.1) as server:
-        seconds = teachers_over_http.ask_alone(server.url, tokenizer, steps=5)
-        assert server.scored in (40, 41)  # eight rows a batch, and perhaps the greeting
+        seconds = teachers_over_http.ask_alone(server.url, tokenizer, sizes)
+        assert server.scored in (10, 11)  # two rows a batch, and perhaps the greeting
         assert 0.1 <= seconds < server.scored * 0.1 / 2  # five batches at once
-        teacher = teachers_over_http.remote(server.url, tokenizer)
+        teacher = teachers_over_http.remote(server.url, tokenizer, sizes)
         before = server.scored
-        assert 0 < teachers_over_http.train(context, teacher, steps=1) < 60
-        assert server.scored - before in (72, 73)  # eight steps before the one that is timed
+        assert 0 < teachers_over_http.train(context, teacher, tokenizer, sizes) < 60
+        assert server.scored - before in (14, 15)  # two steps before those that are timed

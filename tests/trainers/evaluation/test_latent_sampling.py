@@ -1,16 +1,19 @@
 import pytest
 import torch
 
+from modeling_latentforge.latent_sampling import sample_exact
 from tests.conftest import text_batch, tiny_student
 from trainers.evaluation.latent_sampling import (
     DISTRIBUTIONS,
     as_markdown,
     draw_from,
     sample_calm,
+    sampler_named,
     sampling_speed,
     variation_table,
     zipf,
 )
+from trainers.evaluation.speed import generation_speed
 
 
 def test_calms_reference_takes_its_fixed_draws_and_comes_near():
@@ -52,3 +55,18 @@ def test_speed_is_measured_with_the_draws_that_were_made():
     assert set(speeds) == {"plain", "exact", "batched", "CALM"}
     assert speeds["CALM"]["draws"] == 200 and speeds["batched"]["draws"] <= 24
     assert all(figures["tokens_per_second"] > 0 for figures in speeds.values())
+    assert speeds["exact"]["fallback"] == 1 > speeds["plain"]["fallback"] == 0  # of 256 tokens none comes up 4 times
+
+
+def test_a_stored_generation_config_does_not_shape_the_measurement():
+    """`plain` would sample at the folder's patch temperature, and CALM's rows would stop at its token temperature."""
+    student = tiny_student("energy", "parallel")
+    student.generation_config.update(do_sample=True, temperature=0.7, top_k=5, repetition_penalty=1.2)
+    student.generation_config.patch_temperature = 0.5
+    stored = student.generation_config.to_dict()
+    with sampler_named("exact", sample_exact) as samples:
+        speeds = sampling_speed(student, text_batch(1, 6), max_draws=24, new_tokens=4, repeats=1)
+        assert speeds["CALM"]["draws"] == 200
+        generation_speed({"student": student}, text_batch(1, 6), new_tokens=4, do_sample=True, repeats=1)
+        generation_speed({"student": student}, text_batch(1, 6), new_tokens=4, repeats=1)
+    assert not samples and student.generation_config.to_dict() == stored
