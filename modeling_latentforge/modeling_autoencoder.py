@@ -266,7 +266,7 @@ class LatentForgeAutoencoder(CompleteCheckpointMixin, PreTrainedModel):
             )
         return input_ids.unflatten(-1, (-1, self.config.patch_size))
 
-    def _fill_last_patch(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+    def _fill_last_patch(self, input_ids: torch.Tensor) -> torch.Tensor:
         eos = self.config.eos_token_id
         filler = self.config.pad_token_id
         if filler is None:

@@ -219,7 +219,7 @@ class FakeVLLM(LoopbackServer):
             reply = {"id": "cmpl-0", "object": "text_completion", "model": name, "usage": usage, "choices": [choice]}
         content = json.dumps(reply).encode()
         if made_up:
-            content = content.replace(json.dumps(MADE_UP).encode(), _made_up_rows(ids, k))
+            content = content.replace(json.dumps(MADE_UP).encode(), _made_up_rows(ids, k or 0))
         if fault == "truncate":
             content = content[: len(content) // 2]
         if fault == "html":

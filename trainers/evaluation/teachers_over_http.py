@@ -369,8 +369,8 @@ def labelling(context: Context) -> Measured:
         log = context.work_dir / "client.log"
         found["over HTTP"] = run_with_vllm(python, log, module, str(folder), store, "--url", url)
     figure = "; ".join(
-        f"{name} ({one['path']}) {one['share']:.2f}x: {one['tokens_per_second']['labelled']:.0f} tokens/s of "
-        f"{max(one['tokens_per_second'].values()):.0f}"
+        f"{name} ({one['path']}) {one['share']:.2f}x ({min(one['shares']):.2f} to {max(one['shares']):.2f}): "
+        f"{one['tokens_per_second']['labelled']:.0f} tokens/s of {max(one['tokens_per_second'].values()):.0f}"
         for name, one in found.items()
     )
     return Measured(figure, all(one["share"] >= 0.9 for one in found.values()), found)
@@ -411,6 +411,6 @@ HTTP_ROWS = [
         ">= 0.9x of vLLM alone in process; >= 0.9x of the endpoint's ceiling over HTTP",
         labelling,
         setup="random Qwen3 4 x 256, V=258, fp32; 256 rows of 512 tokens, top 20; ceiling: answers thrown away "
-        "unread, best of 4, 8, 16 at once; medians of 3 in turns; server, client and store share two cores",
+        "unread, best of 4, 8, 16 at once; medians of 6 in turns; server, client and store share two cores",
     ),
 ]

@@ -47,6 +47,11 @@ def test_rows_that_were_not_stored_are_no_result(tmp_path):
 
 def test_the_share_is_of_the_fastest_way_and_of_medians():
     """Against a slow ceiling every client is fast."""
-    slow, fast, kept = iter([4.0, 4.0, 4.0]), iter([1.0, 2.0, 90.0]), iter([2.5, 2.0, 50.0])
+    slow, fast, kept = iter([4.0, 4.0, 4.0]), iter([1.0, 2.0, 90.0]), iter([2.5, 2.5, 100.0])
     found = compare({"1": lambda: next(slow), "2": lambda: next(fast)}, lambda: next(kept), 100, rounds=3)
-    assert found["tokens_per_second"] == {"1": 25.0, "2": 50.0, "labelled": 40.0} and found["share"] == 0.8
+    assert found["tokens_per_second"] == {"1": 25.0, "2": 50.0, "labelled": 40.0} and found["shares"] == [
+        0.4,
+        0.8,
+        0.9,
+    ]
+    assert found["share"] == 0.8
