@@ -54,4 +54,4 @@ def test_the_share_is_of_the_fastest_way_and_of_medians():
         0.8,
         0.9,
     ]
-    assert found["share"] == 0.8
+    assert found["share"] == 0.8 and found["shares"] == [0.4, 0.8, 0.9]
