@@ -22,9 +22,11 @@ from ..tokenizer import train_tokenizer
 from ..verification import ROOT, Context, Measured, Row
 from .brier import brier_lm, summarize_brier
 from .enumerable import chain_brier, chain_token_lm, draw_chain, known_models
+from .frontier import books_frontier, python_frontier, report
 from .likelihood import exact_likelihood
 from .patch_draws import brier_sums
 from .rows_main import run_or_tell
+from .side_by_side import RECORDS
 
 
 def brier_closed_form(context: Context, num_rows: int = 512, length: int = 256) -> Measured:
@@ -258,6 +260,33 @@ def estimate_memory_row(context: Context) -> Measured:
     return Measured(figure, all(abs(entry["error"]) <= 0.15 for entry in found.values()), found)
 
 
+# -- quality against speed
+
+
+def frontier(context: Context) -> Measured:
+    """Trains what docs/runs does not know; speeds are measured each time."""
+    options = {"say": context.say, "records_dir": RECORDS, "fresh": context.fresh}
+    corpora = [make(context.shared_dir / "frontier", **options) for make in (python_frontier, books_frontier)]
+    return judge_frontier(report(corpora, context.work_dir, speed_again=True))
+
+
+def judge_frontier(found: dict[str, Any]) -> Measured:
+    """Students without a teacher decide: a token LM could have had one too."""
+    figures, passed = [], True
+    for title, entry in found.items():
+        best, taught = entry["best"], entry["best_taught"]
+        if best is None:
+            figures.append(f"{title}: no student between two token LMs")
+            passed = False
+            continue
+        words = f"{title}: {best['advantage']:+.3f} nats ({best['label']}, {best['tokens_per_second']:.0f} tokens/s)"
+        if taught is not None:
+            words += f", taught {taught['advantage']:+.3f}"
+        figures.append(words)
+        passed &= best["advantage"] >= 0.05
+    return Measured("; ".join(figures) + " ahead of the token LM of equal speed", passed, found)
+
+
 ROWS = [
     Row(
         "brier_closed_form",
@@ -287,6 +316,16 @@ ROWS = [
         evaluate_full,
         long=True,
         setup="K=8, 100,000 positions, 512 texts at 5 temperatures",
+    ),
+    Row(
+        "frontier",
+        "Python code and books, equal training tokens: best student against the token LM of equal decode tokens/s",
+        "the student's held-out NLL is lower by >= 0.05 nats, on both",
+        frontier,
+        long=True,
+        setup="4 token LMs and 9 students (Python, V=1024, 2 M tokens) or 7 (books, V=4096, 5 M tokens); best "
+        "student without a teacher, chosen on other held-out text; NLL of the token LM on a line between two "
+        "measured ones; seed 0; speeds greedy, batch 1, one thread, median of 5",
     ),
     Row(
         "estimate_memory",
