@@ -309,7 +309,7 @@ def markdown(corpora: Mapping[str, Sequence[Mapping[str, Any]]], notes: Mapping[
             speed = f"{point['tokens_per_second']:.0f} ({point['low']:.0f} to {point['high']:.0f})"
             advantage = ahead.get(point["label"])
             if advantage is None:
-                cell = "none measured on both sides" if point["label"] in ahead else ""
+                cell = "no token LMs of higher and lower speed" if point["label"] in ahead else ""
             else:
                 cell = f"{advantage:+.3f}"
             brier = point.get("brier")
@@ -338,7 +338,9 @@ def draw(corpora: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None
     panels += [
         (title, BRIER, points) for title, points in corpora.items() if any("brier" in point for point in points)
     ]
-    figure, axes = _figure(len(panels), path.name)
+    figure, axes = _figure(len(panels), path.name)  # says it where there is no matplotlib
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     for axis, (title, quality, points) in zip(axes, panels, strict=True):
         shown = [(point, value) for point in points if (value := _quality(point, quality)) is not None]
         for series in SERIES:
@@ -353,10 +355,15 @@ def draw(corpora: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None
         )
         heights = [sign * corner["cost"] for corner in line]
         axis.plot([corner["tokens_per_second"] for corner in line], heights, color=STYLES["token LM"][1])
-        for point, value in shown:
+        for number, (point, value) in enumerate(sorted(shown, key=lambda pair: pair[0]["tokens_per_second"])):
             place = (point["tokens_per_second"], value)
-            axis.annotate(point["label"], place, (3, 3), textcoords="offset points", fontsize=6)
+            offset = (4, -9 if number % 2 else 4)  # neighbours have nearly one speed
+            axis.annotate(point["label"], place, offset, textcoords="offset points", fontsize=6)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.margins(x=0.2, y=0.1)
         axis.set(title=title, xlabel="decoded tokens per second, batch 1", ylabel=quality)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)

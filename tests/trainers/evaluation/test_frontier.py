@@ -56,7 +56,7 @@ def test_the_best_student_is_chosen_on_other_text_than_the_figure(monkeypatch: p
     assert taught is not None and taught["advantage"] == pytest.approx(0.6)
     assert frontier.best_advantage([*TOKEN_LMS, students[2]]) is None
     text = frontier.markdown({"text": [*TOKEN_LMS, *students]}, {"text": "A note."})
-    assert "| too fast | 2000 (2000 to 2000) | 3.000 | none measured on both sides |  |" in text
+    assert "| too fast | 2000 (2000 to 2000) | 3.000 | no token LMs of higher and lower speed |  |" in text
     assert "| good | 800 (800 to 800) | 4.200 | +0.300 |  |" in text
     assert "| parallel | 800 (800 to 800) |  |  |  |" in text  # no likelihood to compare
 
