@@ -210,7 +210,7 @@ class Comparison:
     """
 
     fields: dict[str, Any]
-    steps: int = 300
+    steps: int = 250
     rows: int = 16
     rates: tuple[float, ...] = (1e-3, 4e-3)
     draws: int = 8

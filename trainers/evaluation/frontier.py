@@ -102,7 +102,8 @@ class Frontier:
 
     def train(self) -> None:
         """Train what has no figures yet, and score what is to be scored. Resumable."""
-        self.table.results([run for candidate in self.candidates for run in candidate.runs])
+        # the largest stand last in the lists: begun first, none keeps one core busy alone at the end
+        self.table.results([run for candidate in reversed(self.candidates) for run in candidate.runs])
         for candidate in self.candidates:
             if candidate.brier:
                 self.brier(self.best(candidate))

@@ -294,7 +294,7 @@ def judge_frontier(found: dict[str, Any]) -> Measured:
 def calm_comparison(context: Context) -> Measured:
     """Same codec, backbone, text, batches, steps and optimizer; what differs is the step from states to a loss."""
     fields = {"work_dir": context.work_dir, "data": "builtin:python", "eval_data": None, "vocab_size": 1024}
-    comparison = Comparison({**fields, "num_tokens": 300 * 8192, "phase_size": 1})
+    comparison = Comparison({**fields, "num_tokens": 250 * 8192, "phase_size": 1})
     return judge_calm(compare(comparison, context.say))
 
 
@@ -358,7 +358,7 @@ ROWS = [
         "energy x parallel at K=4 trained by us and by CALM's published algorithm, same data, steps, size",
         "Brier-1..4 within noise or better, training tokens/s >= 1.3x, peak memory <= 1/3",
         calm_comparison,
-        setup="backbone 4 x 256, frozen codec of D=128, Python's standard library, V=1024, 300 steps of 8192 tokens "
+        setup="backbone 4 x 256, frozen codec of D=128, Python's standard library, V=1024, 250 steps of 8192 tokens "
         "in one batch, fp32, one thread, the better of rates 1e-3 and 4e-3 on other held-out rows, seed 0; CALM with "
         "N=8 and M=100, all differences held at once as released; memory grown from before the model",
     ),
