@@ -38,6 +38,8 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 # flags for the training scripts that are not variables here: EXTRA="--teacher_dtype bfloat16 --teacher_revision main"
 EXTRA ?=
+# flags of the frontier: --corpus python books --records true
+FRONTIER ?=
 TOPIC ?= main
 ROW ?=
 
@@ -156,6 +158,10 @@ infer: setup $(CHECKPOINTS)/student/config.json ## continue a text (PROMPT MAX_N
 	$(BIN)/python scripts/infer.py --model $(CHECKPOINTS)/student --prompt="$$PROMPT_TEXT" \
 		--max_new_tokens "$(MAX_NEW_TOKENS)" --temperature "$(TEMP)"
 
+.PHONY: frontier
+frontier: setup ## train token LMs and students of the same tokens, draw quality against speed, half an hour on 2 cores (FRONTIER)
+	$(BIN)/python scripts/frontier.py $(FRONTIER)
+
 .PHONY: bench
 bench: setup $(CHECKPOINTS)/student/config.json $(if $(TEACHER),,$(CHECKPOINTS)/teacher/config.json) ## tables of speed and memory against the teacher, and samples (PROMPTS_FILE MAX_NEW_TOKENS BENCH)
 	$(BIN)/python scripts/bench.py --model $(CHECKPOINTS)/student --baseline "$(TEACHER_MODEL)" \
@@ -217,5 +223,5 @@ help: ## this list
 	@echo
 	@echo "  variables      DATA=$$DATA_TEXT K=$(K) D=$(D) EPOCHS=$(EPOCHS) BATCH_SIZE=$(BATCH_SIZE) STEPS=$(STEPS) TEACHER=$(TEACHER)"
 	@echo "                 KD_W=$(KD_W) MSE_W=$(MSE_W) CE_W=$(CE_W) PROMPT=$$PROMPT_TEXT MAX_NEW_TOKENS=$(MAX_NEW_TOKENS) TEMP=$(TEMP) TORCH=$(TORCH)"
-	@echo "                 PROMPTS_FILE=$(PROMPTS_FILE) BENCH=$(BENCH)"
+	@echo "                 PROMPTS_FILE=$(PROMPTS_FILE) BENCH=$(BENCH) FRONTIER=$(FRONTIER)"
 	@echo "                 EXTRA=$(EXTRA) HOST=$(HOST) PORT=$(PORT) VLLM=$(VLLM) VLLM_VENV=$(VLLM_VENV)"

@@ -27,6 +27,7 @@ COVERED = {
     ".venv/bin/python scripts/evaluate_model.py": (
         "tests/scripts/test_demo.py::test_the_readme_s_commands_and_python_run"
     ),
+    "make frontier": "tests/trainers/evaluation/test_frontier.py::test_make_frontier_prints_tables_and_verdict",
     ".venv/bin/python scripts/train_student.py": "tests/test_readme.py::test_help_of_the_script_in_the_readme",
     ".venv/bin/python scripts/build_kd_cache.py": (
         "tests/scripts/test_build_kd_cache.py::test_the_readmes_command_labels_a_data_set"
@@ -119,7 +120,7 @@ def test_help_lists_every_target_that_the_readme_names():
     for target in set(re.findall(r"`make ([a-z0-9-]+)", README)):
         assert re.search(rf"^  {target} ", text, re.MULTILINE), target
     training = "DATA K D EPOCHS BATCH_SIZE STEPS TEACHER KD_W MSE_W CE_W"
-    for variable in f"{training} PROMPT MAX_NEW_TOKENS TEMP PROMPTS_FILE BENCH".split():
+    for variable in f"{training} PROMPT MAX_NEW_TOKENS TEMP PROMPTS_FILE BENCH FRONTIER".split():
         assert f"{variable}=" in text, variable
 
 

@@ -21,10 +21,13 @@ from ..token_lm import TokenLMConfig, TokenLMTrainer, build_token_lm
 from ..tokenizer import train_tokenizer
 from ..verification import ROOT, Context, Measured, Row
 from .brier import brier_lm, summarize_brier
+from .calm_comparison import CALM, CALM_CDIST, OURS, Comparison, compare
 from .enumerable import chain_brier, chain_token_lm, draw_chain, known_models
+from .frontier import books_frontier, python_frontier, report
 from .likelihood import exact_likelihood
 from .patch_draws import brier_sums
 from .rows_main import run_or_tell
+from .side_by_side import RECORDS
 
 
 def brier_closed_form(context: Context, num_rows: int = 512, length: int = 256) -> Measured:
@@ -258,6 +261,58 @@ def estimate_memory_row(context: Context) -> Measured:
     return Measured(figure, all(abs(entry["error"]) <= 0.15 for entry in found.values()), found)
 
 
+# -- quality against speed
+
+
+def frontier(context: Context) -> Measured:
+    """Trains what docs/runs does not know; speeds are measured each time."""
+    options = {"say": context.say, "records_dir": RECORDS, "fresh": context.fresh}
+    corpora = [make(context.shared_dir / "frontier", **options) for make in (python_frontier, books_frontier)]
+    return judge_frontier(report(corpora, context.work_dir, speed_again=True))
+
+
+def judge_frontier(found: dict[str, Any]) -> Measured:
+    """Students without a teacher decide: a token LM could have had one too."""
+    figures, passed = [], True
+    for title, entry in found.items():
+        best, taught = entry["best"], entry["best_taught"]
+        if best is None:
+            figures.append(f"{title}: no student between two token LMs")
+            passed = False
+            continue
+        words = f"{title}: {best['advantage']:+.3f} nats ({best['label']}, {best['tokens_per_second']:.0f} tokens/s)"
+        if taught is not None:
+            words += f", taught {taught['advantage']:+.3f}"
+        figures.append(words)
+        passed &= best["advantage"] >= 0.05
+    return Measured("; ".join(figures) + " ahead of the token LM of equal speed", passed, found)
+
+
+# -- against CALM
+
+
+def calm_comparison(context: Context) -> Measured:
+    """Same codec, backbone, text, batches, steps and optimizer; what differs is the step from states to a loss."""
+    fields = {"work_dir": context.work_dir, "data": "builtin:python", "eval_data": None, "vocab_size": 1024}
+    comparison = Comparison({**fields, "num_tokens": 250 * 8192, "phase_size": 1})
+    return judge_calm(compare(comparison, context.say))
+
+
+def judge_calm(found: dict[str, Any]) -> Measured:
+    speed = {name: entry["tokens_per_second"] for name, entry in found["speed"].items()}
+    memory = found["memory"]
+    scores = ", ".join(f"{entry['ours']:.2f}/{entry['calm']:.2f}" for entry in found["brier"])
+    ratios = [
+        f"{speed[OURS] / speed[name]:.2f}x tokens/s, {memory[OURS] / memory[name]:.2f} of the memory {words}"
+        for name, words in ((CALM, "as released"), (CALM_CDIST, "with its distances by cdist"))
+    ]
+    sizes = ", ".join(f"{speed[name]:.0f} tokens/s and {memory[name] / 1e9:.2f} GB" for name in memory)
+    figure = f"Brier-1..4 {scores} % (ours/CALM, {found['places']:,} places); {'; '.join(ratios)} ({sizes})"
+    as_good = all(entry["high"] >= 0 for entry in found["brier"])
+    passed = as_good and speed[OURS] >= 1.3 * speed[CALM] and 3 * memory[OURS] <= memory[CALM]
+    return Measured(figure, passed, found)
+
+
 ROWS = [
     Row(
         "brier_closed_form",
@@ -287,6 +342,25 @@ ROWS = [
         evaluate_full,
         long=True,
         setup="K=8, 100,000 positions, 512 texts at 5 temperatures",
+    ),
+    Row(
+        "frontier",
+        "Python code and books, equal training tokens: best student against the token LM of equal decode tokens/s",
+        "the student's held-out NLL is lower by >= 0.05 nats, on both",
+        frontier,
+        long=True,
+        setup="4 token LMs and 9 students (Python, V=1024, 2 M tokens) or 7 (books, V=4096, 5 M tokens); best "
+        "student without a teacher, chosen on other held-out text; NLL of the token LM on a line between two "
+        "measured ones; seed 0; speeds greedy, batch 1, one thread, median of 5",
+    ),
+    Row(
+        "calm_comparison",
+        "energy x parallel at K=4 trained by us and by CALM's published algorithm, same data, steps, size",
+        "Brier-1..4 within noise or better, training tokens/s >= 1.3x, peak memory <= 1/3",
+        calm_comparison,
+        setup="backbone 4 x 256, frozen codec of D=128, Python's standard library, V=1024, 250 steps of 8192 tokens "
+        "in one batch, fp32, one thread, the better of rates 1e-3 and 4e-3 on other held-out rows, seed 0; CALM with "
+        "N=8 and M=100, all differences held at once as released; memory grown from before the model",
     ),
     Row(
         "estimate_memory",

@@ -95,7 +95,8 @@ class Run:
         learning_rate: peak, cosine to a tenth, 5 % warm-up.
         seed: of weights and data order.
         patch_size: of the student.
-        student: fields of `LatentForgeConfig`; of a token LM, arguments of `build_token_lm`.
+        student: fields of `LatentForgeConfig`, and `backbone`, arguments of `build_token_lm` where its backbone is not
+            the comparison's; of a token LM, arguments of `build_token_lm`.
         weights: fields of `KDConfig` (`ce_weight`, ...).
         teacher: the token LM that teaches, or None.
         signal: what of the teacher's distributions the student learns from, arguments of `SparseTeacher`; with
@@ -352,6 +353,8 @@ class SideBySide:
             # tokens
             options = {"architecture": "granite", **sizes, **run.student}
             return build_token_lm(tokenizer=self.tokenizer, **options)
+        fields = dict(run.student)
+        sizes |= fields.pop("backbone", {})
         backbone_config = build_token_lm("llama", self.tokenizer, **sizes).config
         if run.autoencoder is None:
             autoencoder = LatentForgeAutoencoder(
@@ -361,7 +364,7 @@ class SideBySide:
             autoencoder = LatentForgeAutoencoder.from_pretrained(run.autoencoder)
         kind = DecoderAlone if run.kind == "decoder_alone" else LatentForgeForCausalLM
         set_seed(run.seed)
-        return kind.from_autoencoder(autoencoder, backbone_config, **run.student)
+        return kind.from_autoencoder(autoencoder, backbone_config, **fields)
 
     def _train(self, run: Run, folder: Path) -> None:
         train_blocks, _ = self.blocks()
