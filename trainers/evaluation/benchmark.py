@@ -473,6 +473,10 @@ def _spread_column(key: str, scale: float = 1.0) -> Callable[[Mapping[str, Any]]
     return lambda row: spread(row[key], scale)
 
 
+def _mb_column(key: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda row: "" if row[key] is None else _number(row[key] / 2**20)
+
+
 def _spread_share(row: Mapping[str, Any]) -> str:
     return spread(row["runs"], 100 / row["bound_tokens_per_second"])
 
@@ -521,15 +525,15 @@ TABLES = {
             "ms a token, p50": lambda row: _number(1e3 * row["token_seconds_p50"]),
             "p95": lambda row: _number(1e3 * row["token_seconds_p95"]),
             "tokens a backbone step": _column("steps_reduction"),
-            "weights, MB a token": lambda row: _number(row["weight_bytes_per_token"] / 2**20),
-            "cache, MB": lambda row: _number(row["cache_bytes_per_token"] / 2**20),
+            "weights, MB a token": _mb_column("weight_bytes_per_token"),
+            "cache, MB": _mb_column("cache_bytes_per_token"),
             "Mflop": lambda row: _number(row["operations_per_token"] / 1e6),
             "tokens/s": _spread_column("runs"),
             "at most": _column("bound_tokens_per_second"),
             "bound by": _column("bound_by"),
             "% of that": _spread_share,
             "prompt, % of its bound": lambda row: _number(100 * row["prompt_share"]),
-            "peak, MB": lambda row: "" if row["peak_bytes"] is None else _number(row["peak_bytes"] / 2**20),
+            "peak, MB": _mb_column("peak_bytes"),
         },
     ),
     "overhead": Table(

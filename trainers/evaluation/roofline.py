@@ -175,7 +175,7 @@ class Work:
 
     Attributes:
         weight_bytes: of weights that operators read, each time they did; of an embedding the rows that were looked up.
-        cache_bytes: of keys and values that attention read.
+        cache_bytes: of keys and values that torch's `scaled_dot_product_attention` read; other attention is not seen.
         operations: of matrix products, floating-point; a multiply-add is two.
         backbone_steps: forward passes of the backbone.
         working_set: bytes of the weights that were read, once each.
@@ -356,8 +356,8 @@ def attained(
         per model, of the prompt: `first_token_seconds` (median, until its logits), `first_token_runs`,
         `prompt_tokens_per_second` (of all rows) and `prompt_share` (0 to 1, of the bound). Of the text after its first
         token: `tokens_per_second` (of all rows, median) and `runs`; `token_seconds_p50` and `token_seconds_p95` (of a
-        row, over all tokens of all rounds); `weight_bytes_per_token`, `cache_bytes_per_token` and
-        `operations_per_token` (per token of all rows); `backbone_steps` and `steps_reduction` (tokens of a row per
+        row, over all tokens of all rounds); `weight_bytes_per_token`, `cache_bytes_per_token` (None
+        where attention was not seen) and `operations_per_token` (per token of all rows); `backbone_steps` and `steps_reduction` (tokens of a row per
         step); the bound as `bandwidth` (bytes/s), `matrix_rate` (operations/s), `bound_by` (`memory` or `matrices`)
         and `bound_tokens_per_second`; `share` (0 to 1). Of both: `peak_bytes` (weights, and what is added at most;
         None where the system does not tell).
@@ -404,7 +404,7 @@ def _figures(setting: _Setting, rates: MachineRates, shape: tuple[int, ...], wei
         "token_seconds_p50": percentile(pooled, 0.5),
         "token_seconds_p95": percentile(pooled, 0.95),
         "weight_bytes_per_token": work.weight_bytes / tokens,
-        "cache_bytes_per_token": work.cache_bytes / tokens,
+        "cache_bytes_per_token": work.cache_bytes / tokens or None,
         "operations_per_token": work.operations / tokens,
         "backbone_steps": work.backbone_steps,
         "steps_reduction": tokens / batch / work.backbone_steps if work.backbone_steps else None,

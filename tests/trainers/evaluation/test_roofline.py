@@ -49,6 +49,12 @@ def test_a_token_lm_reads_all_its_weights_a_step_but_one_row_of_the_table():
     assert 3 * 2 * sum(p.numel() for p in matrices) + attention == pytest.approx(work.operations, rel=0.01)
 
 
+def test_attention_that_is_not_seen_is_not_counted_as_none():
+    """A cache of 0 bytes would be the best of all caches."""
+    row = attained({"LM": token_lm("eager")}, text_ids(8)[None], small_rates(), new_tokens=2, repeats=1)["LM"]
+    assert row["cache_bytes_per_token"] is None and row["weight_bytes_per_token"] > 0
+
+
 def test_rows_share_the_weights_that_are_read_and_nothing_else():
     """It is why batches pay; counted per row, every batch would be as far from its bound as one text."""
     model = token_lm()
