@@ -356,11 +356,11 @@ def attained(
         per model, of the prompt: `first_token_seconds` (median, until its logits), `first_token_runs`,
         `prompt_tokens_per_second` (of all rows) and `prompt_share` (0 to 1, of the bound). Of the text after its first
         token: `tokens_per_second` (of all rows, median) and `runs`; `token_seconds_p50` and `token_seconds_p95` (of a
-        row, over all tokens of all rounds); `weight_bytes_per_token`, `cache_bytes_per_token` (None
-        where attention was not seen) and `operations_per_token` (per token of all rows); `backbone_steps` and `steps_reduction` (tokens of a row per
-        step); the bound as `bandwidth` (bytes/s), `matrix_rate` (operations/s), `bound_by` (`memory` or `matrices`)
-        and `bound_tokens_per_second`; `share` (0 to 1). Of both: `peak_bytes` (weights, and what is added at most;
-        None where the system does not tell).
+        row, over all tokens of all rounds); per token of all rows `weight_bytes_per_token`, `cache_bytes_per_token`
+        (None where attention was not seen) and `operations_per_token`; `backbone_steps` and `steps_reduction` (tokens
+        of a row per step); the bound as `bandwidth` (bytes/s), `matrix_rate` (operations/s), `bound_by` (`memory` or
+        `matrices`) and `bound_tokens_per_second`; `share` (0 to 1). Of both: `peak_bytes` (weights, and what is added
+        at most; None where the system does not tell).
 
     Raises:
         ValueError: `repeats` or `new_tokens` below 1.
