@@ -575,7 +575,7 @@ TABLES = {
     "drafting": Table(
         "Drafting",
         "The teacher's greedy text: alone, drafted for by a student, by prompt lookup. A teacher's step alone gives "
-        "one token; what is more was drafted and accepted.",
+        "one token; what is more was drafted and accepted. Batch 1: transformers drafts for one text at a time.",
         {
             "device": _column("device"),
             "model": _column("model"),

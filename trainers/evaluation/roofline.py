@@ -343,7 +343,7 @@ def attained(
     """What prompt and text cost each model, and how near that is to the machine's bound.
 
     Each model writes once to be watched, which warms up (on CUDA, where transformers may compile, once more), and then
-    in turns to be timed.
+    in turns, every second round in reverse, to be timed.
 
     Args:
         models: by name; in eval mode, on one device.
@@ -375,9 +375,11 @@ def attained(
         settings[name] = _Setting(prompt, text, peak)
         if input_ids.is_cuda:
             token_seconds(model, input_ids, new_tokens + 1)
-    for _ in range(repeats):
-        for name, model in models.items():
-            first, seconds = token_seconds(model, input_ids, new_tokens + 1)
+    names = list(models)
+    for turn in range(repeats):
+        # each neighbour comes before and after: what one leaves in caches falls on all
+        for name in names[::-1] if turn % 2 else names:
+            first, seconds = token_seconds(models[name], input_ids, new_tokens + 1)
             settings[name].first_token.append(first)
             settings[name].tokens.append(seconds)
     return {

@@ -1,7 +1,5 @@
 """The roofline: what is counted of a text, what the machine's rates are, and that a share is of the right bound."""
 
-import sys
-
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -125,12 +123,13 @@ def test_rates_are_those_of_the_machine_and_kept():
     assert rates.record()["dtype"] == "float32"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
 def test_the_peak_of_a_block_is_what_it_held_at_most():
     """Memory that is given back before the end is what a machine runs out of."""
     with peak_memory(torch.device("cpu")) as peak:
         torch.ones(8 * MIB)  # 32 MB, and gone
-    assert peak.growth is not None and 28 * MIB < peak.growth < 64 * MIB
+    if peak.growth is None:
+        pytest.skip("this system does not tell")
+    assert 28 * MIB < peak.growth < 64 * MIB
 
 
 def test_a_share_is_the_bound_over_the_time():
