@@ -4,9 +4,10 @@
     python scripts/bench.py --model runs/demo/student runs/demo/student_parallel --baseline runs/demo/teacher
     python scripts/bench.py --tables decode --batch_sizes 1 --device cuda --dtype bfloat16 --compile
 
-Tables: decode (tokens/s against a token LM of the same backbone), overhead (time outside the modules), memory (cache
-per token), sampling (likelihood-free, against CALM's algorithm; for an energy head with a parallel decoder), drafting
-(the baseline alone, with each student as assistant, with prompt lookup). Trained models read --prompts_file, a prompt
+Tables: decode (tokens/s against a token LM of the same backbone), roofline (time, bytes and operations of a token,
+peak memory, and the share of what this machine can), overhead (time outside the modules), memory (cache per token),
+sampling (likelihood-free, against CALM's algorithm; for an energy head with a parallel decoder), drafting (the
+baseline alone, with each other model as assistant, with prompt lookup). Trained models read --prompts_file, a prompt
 a line, and write one sample each; random weights read random ids and write none.
 
 --compile compiles the small decoder with torch.compile, on CUDA with mode="reduce-overhead" (CUDA graphs): the step of
@@ -16,6 +17,7 @@ Tables go to standard output, progress to standard error, everything to --output
 which is written anew after every setting that is finished.
 """
 
+import copy
 import json
 import os
 import sys
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 
-TABLE_NAMES = ("decode", "overhead", "memory", "sampling", "drafting")
+TABLE_NAMES = ("decode", "roofline", "overhead", "memory", "sampling", "drafting")
 PROMPT_LENGTHS = (16, 512, 2048)
 BASELINE = "token LM"  # its name where weights are random
 
@@ -37,20 +39,25 @@ class BenchArguments:
 
     model: list[str] = field(
         default_factory=list,
-        metadata={"help": "Directories of trained students, or Hub ids; none: random weights of the sizes below."},
+        metadata={
+            "help": "Directories of trained students, or Hub ids, and of token LMs beside them (a smaller one, say); "
+            "none: random weights of the sizes below."
+        },
     )
     baseline: str | None = field(
         default=None, metadata={"help": "Directory or Hub id of the token LM that they are compared with."}
     )
     prompts_file: str = field(default="prompts.txt", metadata={"help": "A prompt a line, for trained models."})
     tables: list[str] = field(
-        default_factory=lambda: ["decode", "overhead", "memory"],
+        default_factory=lambda: ["decode", "roofline", "overhead", "memory"],
         metadata={"help": f"Which of {', '.join(TABLE_NAMES)}."},
     )
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Of the decode table."})
+    batch_sizes: list[int] = field(
+        default_factory=lambda: [1, 8, 32], metadata={"help": "Of the tables decode and roofline."}
+    )
     prompt_lengths: list[int] | None = field(
         default=None,
-        metadata={"help": "Of the decode table, in tokens; default 16 512 2048, as far as the models read that much."},
+        metadata={"help": "Of these two, in tokens; default 16 512 2048, as far as the models read that much."},
     )
     new_tokens: int = field(
         default=64,
@@ -74,6 +81,10 @@ class BenchArguments:
     )
     hidden_size: int = field(default=768, metadata={"help": "Width of the random backbones."})
     num_hidden_layers: int = field(default=12, metadata={"help": "Layers of the random backbones."})
+    small_layers: int | None = field(
+        default=None,
+        metadata={"help": "Layers of a smaller random token LM beside them; default, a quarter of those."},
+    )
     vocab_size: int = field(default=32000, metadata={"help": "Token ids of the random models."})
     codec_hidden_size: int = field(
         default=512, metadata={"help": "Width of the random codecs, and so of the parallel decoders."}
@@ -85,7 +96,16 @@ class BenchArguments:
             raise ValueError(f"unknown table {unknown[0]!r}: known are {', '.join(TABLE_NAMES)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
-        for name in ("batch_sizes", "prompt_lengths", "new_tokens", "repeats", "threads", "patch_size", "hidden_size"):
+        for name in (
+            "batch_sizes",
+            "prompt_lengths",
+            "new_tokens",
+            "repeats",
+            "threads",
+            "patch_size",
+            "hidden_size",
+            "small_layers",
+        ):
             value = getattr(self, name)
             values = value if isinstance(value, list) else [] if value is None else [value]
             if any(number < 1 for number in values):
@@ -170,7 +190,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     import torch
 
     from trainers.command_line import choose_device
-    from trainers.evaluation.benchmark import TABLES, compile_decoder
+    from trainers.evaluation.benchmark import TABLES, compile_decoder, rates_line
+    from trainers.evaluation.roofline import MachineRates
     from trainers.verification import environment
 
     device = choose_device(arguments.device)
@@ -195,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         "tables": {},
         "samples": [],
     }
+    rates = MachineRates(device, getattr(torch, arguments.dtype))
     path = Path(arguments.output_dir) / f"bench_{time.strftime('%Y%m%d_%H%M%S', started)}.json"
     _save(report, path)
     print(
@@ -206,10 +228,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     print(f"figures so far are in {path}", file=sys.stderr)
     for name in dict.fromkeys(arguments.tables):
         rows = report["tables"][name] = []
-        for group in _measure(name, arguments, bench, lengths):
+        for group in _measure(name, arguments, bench, lengths, rates):
             rows += [{"device": device, **row} for row in group]
             _save(report, path)
-        if name == "decode":
+        if name in ("decode", "roofline"):
             rows += [
                 {"device": device, "prompt": length, "not_measured": reason} for length, reason in too_long.items()
             ]
@@ -217,6 +239,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
             missing = "run with --device cuda" if torch.cuda.is_available() else "no GPU"
             rows.append({"device": "cuda", "not_measured": missing})
         print(TABLES[name].markdown(rows) + "\n", flush=True)
+        if name == "roofline":
+            report["rates"] = rates.record()
+            print(rates_line(report["rates"]) + "\n", flush=True)
         _save(report, path)
     report["samples"] = bench.write_samples(arguments.new_tokens)
     report["finished"] = True
@@ -244,6 +269,9 @@ def _build(arguments: BenchArguments, device: str) -> Bench:
     models: dict[str, Any] = {}
     if set(arguments.tables) - {"sampling"}:
         models[BASELINE] = seed_token_lm(backbone)
+        smaller = copy.deepcopy(backbone)
+        smaller.num_hidden_layers = arguments.small_layers or max(1, arguments.num_hidden_layers // 4)
+        models[f"{BASELINE}, layers: {smaller.num_hidden_layers}"] = seed_token_lm(smaller)
         for patch_size in dict.fromkeys(arguments.patch_size):
             models[f"K={patch_size} parallel"] = seed_student(backbone, patch_size, "parallel", codec)
             for layers, width in arguments.decoder_shapes():
@@ -330,7 +358,7 @@ def _lengths(arguments: BenchArguments, models: dict[str, Any]) -> tuple[list[in
         below = [f"{name} reads {limit}" for name, limit in limits.items() if limit and limit < whole]
         if not below:
             lengths.append(length)
-        elif arguments.prompt_lengths and "decode" in arguments.tables:
+        elif arguments.prompt_lengths and {"decode", "roofline"} & set(arguments.tables):
             raise ValueError(
                 f"a prompt of {length} and {arguments.new_tokens} new tokens after its first are {whole} tokens, "
                 f"{below[0]}: lower --prompt_lengths or --new_tokens"
@@ -341,7 +369,7 @@ def _lengths(arguments: BenchArguments, models: dict[str, Any]) -> tuple[list[in
 
 
 def _measure(
-    table: str, arguments: BenchArguments, bench: Bench, lengths: Sequence[int]
+    table: str, arguments: BenchArguments, bench: Bench, lengths: Sequence[int], rates: Any
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of a table, as they are measured."""
     import torch
@@ -352,6 +380,8 @@ def _measure(
     written: dict[str, Any] = {"new_tokens": arguments.new_tokens, "repeats": arguments.repeats, "say": _say}
     if table == "decode":
         return benchmark.decode_rows(models, bench.ids, arguments.batch_sizes, lengths, baseline=baseline, **written)
+    if table == "roofline":
+        return benchmark.roofline_rows(models, bench.ids, arguments.batch_sizes, lengths, rates, **written)
     if table == "overhead":
         return benchmark.overhead_rows(models, bench.ids(1, 16), **written)
     if table == "memory":

@@ -1,7 +1,11 @@
 """Tiny real models on real text: bytes of a module of the standard library are the tokens (256 = end of text, 257 =
 padding)."""
 
+import atexit
 import inspect
+import os
+import shutil
+import tempfile
 import textwrap
 
 import pytest
@@ -54,9 +58,21 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     item.extra_keyword_matches.update(word for word, modules in KEYWORDS.items() if item.path.stem in modules)
 
 
+# read when trackio is imported, here or in a process that a test starts: no test writes into anybody's runs
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-of-tests-")
+atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_tracker_by_default(monkeypatch: pytest.MonkeyPatch):
+    # half a second a training
+    monkeypatch.setattr("trainers.base_trainer.default_report_to", lambda: "none")
+    monkeypatch.setattr("trainers.base_trainer._say_that_no_tracker_is_there", lambda: None)
 
 
 def text_ids(count: int, start: int = 0) -> torch.LongTensor:

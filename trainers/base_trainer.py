@@ -7,7 +7,9 @@ import os
 import time
 from collections import defaultdict
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,47 @@ logger = logging.getLogger(__name__)
 IGNORE_INDEX = -100
 
 
+def default_report_to() -> str:
+    """`trackio` where it is installed, else `none`."""
+    return "trackio" if find_spec("trackio") is not None else "none"
+
+
+@cache
+def _say_that_no_tracker_is_there() -> None:
+    logger.warning(
+        "trackio is not installed: figures of training go to the log and to trainer_state.json only. "
+        "`pip install trackio`, name another tracker in `report_to`, or set `report_to` to none."
+    )
+
+
 @dataclass
 class LatentTrainingConfig(TrainingArguments):
     """`TrainingArguments` with the defaults that our models need.
+
+    Runs log to trackio, on this machine alone: a Space of theirs is made where one is named, and never for a push of
+    the model.
 
     Raises:
         ValueError: `label_smoothing_factor`: the losses are the models' own.
     """
 
+    report_to: None | str | list[str] = field(
+        default=None,
+        metadata={
+            "help": "Trackers that runs are logged to, `all` that are installed, or `none`. Default: trackio, on this "
+            "machine (`trackio show` draws it), where it is installed; else none."
+        },
+    )
+    project: str = field(default="latentforge", metadata={"help": "Trackio's name for what belongs together."})
+
     def __post_init__(self):
         args: Any = self
+        chosen = args.report_to is not None
+        if not chosen:
+            args.report_to = default_report_to()
+        # transformers reads None as: copy the run to a public Space whenever the model is pushed
+        if getattr(args, "trackio_static_space_id", False) is None:
+            args.trackio_static_space_id = False
         if args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor ({args.label_smoothing_factor}) is not possible: the loss is made in pieces "
@@ -54,6 +87,8 @@ class LatentTrainingConfig(TrainingArguments):
         if args.bf16 and not torch.accelerator.is_available():
             args.use_cpu = True
         super().__post_init__()
+        if not chosen and not args.report_to and args.should_log:
+            _say_that_no_tracker_is_there()
 
     def describe_process(self) -> str:
         """One line for each process to print: a launcher that silently starts fewer processes than asked for is seen

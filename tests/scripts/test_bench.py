@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_latentforge import LatentForgeAutoencoder, LatentForgeAutoencoderConfig, LatentForgeForCausalLM
-from scripts.bench import main
+from scripts.bench import BenchArguments, main
 from tests.conftest import tiny_autoencoder
 from tests.scripts.test_infer import make_tokenizer
 from trainers.evaluation import benchmark
@@ -82,11 +82,12 @@ def of_trained(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 @pytest.fixture(scope="module")
 def of_random(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str, str]:
     grid = ["--batch_sizes", "1", "2", "--prompt_lengths", "4", "8"]
-    return run(tmp_path_factory.mktemp("results"), *TINY, *grid)
+    return run(tmp_path_factory.mktemp("results"), *TINY, *grid, "--tables", "decode", "overhead", "memory")
 
 
 RANDOM_MODELS = [
     "token LM",
+    "token LM, layers: 1",
     *(f"K={size} {name}" for size in (4, 2) for name in ("parallel", "autoregressive 1x16", "autoregressive 2x32")),
 ]
 
@@ -129,6 +130,29 @@ def test_every_time_stands_with_median_and_range(of_random: tuple[dict, str, str
             for column in columns:
                 found = re.fullmatch(spread, row[header.index(column)])
                 assert found and float(found[1]) <= float(found[2]), (column, row)
+
+
+def test_the_roofline_names_the_machine_s_rates_and_what_a_row_is_bound_by(trained: Path, tmp_path: Path):
+    """A share of an unknown whole says nothing; a student beside its own teacher alone says nothing of smaller LMs."""
+    LlamaForCausalLM.from_pretrained(trained / "teacher").save_pretrained(tmp_path / "small_lm")
+    make_tokenizer().save_pretrained(tmp_path / "small_lm")
+    models = [str(trained / "student"), str(tmp_path / "small_lm")]
+    flags = ["--prompts_file", str(trained / "prompts.txt"), "--batch_sizes", "1", "2", "--tables", "roofline"]
+    report, text, _ = run(tmp_path, "--model", *models, "--baseline", str(trained / "teacher"), *flags)
+    rates, rows = report["rates"], [row for row in report["tables"]["roofline"] if "not_measured" not in row]
+    assert rates["dtype"] == "float32" and rates["threads"] == torch.get_num_threads() and rates["matrix_rate"] > 0
+    assert "This machine, cpu" in text and "GB/s" in text and "Gflop/s" in text
+    names = ("teacher", "student", "small_lm")
+    assert [(row["batch"], row["model"]) for row in rows] == [(batch, name) for batch in (1, 2) for name in names]
+    for row in rows:
+        assert row["matrix_rate"] == rates["matrix_rate"] and row["bandwidth"] in rates["bandwidth"].values()
+        assert row["bound_by"] in ("memory", "matrices") and row["share"] > 0 and row["prompt_share"] > 0
+    header, of_teacher, of_student, *_ = table(text, "Roofline")
+    steps, share = header.index("tokens a backbone step"), header.index("% of that")
+    assert (of_teacher[steps], of_student[steps]) == ("1", "4")
+    assert re.fullmatch(r"[\d.e+-]+ \(.*\.\..*\)", of_teacher[share])
+    assert "| 512 | not measured (517 tokens, teacher reads 64) |" in text
+    assert "roofline" in BenchArguments().tables
 
 
 @no_gpu
@@ -230,7 +254,7 @@ def test_compiling_is_one_flag_and_changes_no_count(tmp_path: Path, monkeypatch:
     report, text, _ = run(tmp_path, *TINY, *flags, "--tables", "decode", "overhead")
     assert len(seen) == 2 and not any("mode" in options for options in seen) and "decoder compiled" in text
     steps = {row["model"]: row.get("backbone_steps_per_token") for row in report["tables"]["decode"] if "model" in row}
-    assert steps == {"token LM": 1, "K=4 parallel": 0.4, "K=4 autoregressive 1x16": 0.4}
+    assert steps == {"token LM": 1, "token LM, layers: 1": 1, "K=4 parallel": 0.4, "K=4 autoregressive 1x16": 0.4}
 
 
 def test_bfloat16_halves_the_cache(of_random: tuple[dict, str, str], tmp_path: Path):
@@ -252,7 +276,7 @@ def test_the_prompts_of_the_repository_are_a_few_and_fit(trained: Path):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (("--tables", "decoding"), "unknown table 'decoding': known are decode, overhead, memory, sampling, drafting"),
+        (("--tables", "decoding"), "unknown table 'decoding': known are decode, roofline, overhead, memory, sampling"),
         (("--tables", "drafting"), "the table drafting needs --model and --baseline"),
         (("--baseline", "x"), "a baseline needs a --model"),
         (("--dtype", "float16"), "dtype must be float32 or bfloat16, got 'float16'"),

@@ -88,7 +88,9 @@ def test_the_report_holds_every_part_and_says_its_conditions(evaluated: tuple[di
     assert set(report["codec"]["domains"]) == {"prose", "code", "numbers", "patches with EOS or padding"}
     assert [entry["sigma"] for entry in report["codec"]["curve"]] == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
     assert set(report["codec"]["cycle"]) == {"the codec's own latents", "student", "student_energy"}
-    assert {row["model"] for row in report["speed"]["rows"]} == {"student", "teacher", "student_energy"}
+    for name in ("rows", "roofline"):
+        assert {row["model"] for row in report["speed"][name]} == {"student", "teacher", "student_energy"}
+    assert report["speed"]["rates"]["matrix_rate"] > 0
     total = len(re.findall(r"\[\d+/\d+\] .*: \d+ s", progress))
     assert total >= 12 and "[1/" in progress
 
@@ -106,7 +108,8 @@ def test_the_page_needs_no_other_file_and_shows_what_the_json_holds(evaluated: t
         assert "clamped at 0 before the product" in text and "none is selected" in text
         assert "has no exact likelihood" in text and "positions in" in text
     assert len(report["generation"]["models"]["student"][0]["texts"]) == 3
-    assert "teacher" in page.split("<h2>Speed</h2>")[1]
+    speed = page.split("<h2>Speed</h2>")[1]
+    assert "teacher" in speed and "tokens a backbone step" in speed and "This machine, cpu" in speed
 
 
 def test_what_is_finished_is_not_measured_again(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

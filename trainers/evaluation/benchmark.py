@@ -1,7 +1,7 @@
 """What `scripts/bench.py` and the speed rows of `make verify` measure: models of the seed's size, caches, tables.
 
-The measuring of time stands in `speed.py` and `latent_sampling.py`. B batch, T tokens, K tokens per patch, V
-vocabulary, W decoder window, C conditions, h heads, d head size.
+The measuring of time stands in `speed.py`, `roofline.py` and `latent_sampling.py`. B batch, T tokens, K tokens per
+patch, V vocabulary, W decoder window, C conditions, h heads, d head size.
 """
 
 import copy
@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modeling_latentforge import LatentForgeAutoencoder, LatentForgeAutoencoderConfig, LatentForgeForCausalLM
 
 from .latent_sampling import sampling_speed
+from .roofline import MachineRates, attained
 from .side_by_side import STUDENT
 from .speed import decode_speed, drafting_speed, loop_overhead
 
@@ -299,6 +300,32 @@ def decode_rows(
             yield rows
 
 
+def roofline_rows(
+    models: Mapping[str, Any],
+    prompts: Callable[[int, int], torch.Tensor],
+    batch_sizes: Sequence[int],
+    prompt_lengths: Sequence[int],
+    rates: MachineRates,
+    new_tokens: int = 64,
+    repeats: int = 3,
+    say: Callable[[str], None] = lambda line: None,
+) -> Iterator[list[dict[str, Any]]]:
+    """[`attained`] at every batch size and prompt length, one row per model.
+
+    Args:
+        prompts, new_tokens: as in [`decode_rows`].
+        rates: of the models' device and dtype.
+
+    Yields:
+        the rows of one setting: `batch`, `prompt`, `model` and what `attained` returns.
+    """
+    for batch in batch_sizes:
+        for length in prompt_lengths:
+            say(f"roofline: batch {batch}, prompt {length}")
+            found = attained(models, prompts(batch, length), rates, new_tokens, repeats)
+            yield [{"batch": batch, "prompt": length, "model": name, **values} for name, values in found.items()]
+
+
 def overhead_rows(
     models: Mapping[str, Any],
     input_ids: torch.Tensor,
@@ -446,6 +473,25 @@ def _spread_column(key: str, scale: float = 1.0) -> Callable[[Mapping[str, Any]]
     return lambda row: spread(row[key], scale)
 
 
+def _mb_column(key: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda row: "" if row[key] is None else _number(row[key] / 2**20)
+
+
+def _spread_share(row: Mapping[str, Any]) -> str:
+    return spread(row["runs"], 100 / row["bound_tokens_per_second"])
+
+
+def rates_line(record: Mapping[str, Any]) -> str:
+    """What [`MachineRates.record`] says, for a person."""
+    sets = ", ".join(
+        f"{rate / 1e9:.3g} (sets of {int(size) // 2**20} MB)" for size, rate in record["bandwidth"].items()
+    )
+    return (
+        f"This machine, {record['device']}, {record['threads']} threads, at best: reads {sets} GB/s; "
+        f"multiplies {record['matrix_rate'] / 1e9:.3g} Gflop/s in {record['dtype']}."
+    )
+
+
 TABLES = {
     "decode": Table(
         "Decoding",
@@ -463,6 +509,31 @@ TABLES = {
             "first token, ms": _spread_column("first_token_runs", 1e3),
             "prompt tokens/s": _column("prompt_tokens_per_second"),
             "backbone steps a token": _column("backbone_steps_per_token"),
+        },
+    ),
+    "roofline": Table(
+        "Roofline",
+        "What a token after the first costs, per token of all rows (ms: of a row), and how near that is to what the "
+        "machine can: at most 1 / max(bytes / its bandwidth, operations / its matrix rate) tokens/s. Greedy, each "
+        "model with its default cache. p95 of a student is a token that begins a patch. Peak: weights, and what "
+        "prompt and text add at most.",
+        {
+            "device": _column("device"),
+            "batch": _column("batch"),
+            "prompt": _column("prompt"),
+            "model": _column("model"),
+            "ms a token, p50": lambda row: _number(1e3 * row["token_seconds_p50"]),
+            "p95": lambda row: _number(1e3 * row["token_seconds_p95"]),
+            "tokens a backbone step": _column("steps_reduction"),
+            "weights, MB a token": _mb_column("weight_bytes_per_token"),
+            "cache, MB": _mb_column("cache_bytes_per_token"),
+            "Mflop": lambda row: _number(row["operations_per_token"] / 1e6),
+            "tokens/s": _spread_column("runs"),
+            "at most": _column("bound_tokens_per_second"),
+            "bound by": _column("bound_by"),
+            "% of that": _spread_share,
+            "prompt, % of its bound": lambda row: _number(100 * row["prompt_share"]),
+            "peak, MB": _mb_column("peak_bytes"),
         },
     ),
     "overhead": Table(
@@ -506,7 +577,7 @@ TABLES = {
     "drafting": Table(
         "Drafting",
         "The teacher's greedy text: alone, drafted for by a student, by prompt lookup. A teacher's step alone gives "
-        "one token; what is more was drafted and accepted.",
+        "one token; what is more was drafted and accepted. Batch 1: transformers drafts for one text at a time.",
         {
             "device": _column("device"),
             "model": _column("model"),

@@ -21,13 +21,14 @@ from typing import Any
 import torch
 
 from ..verification import environment
-from .benchmark import decode_rows, tiled_prompts
+from .benchmark import decode_rows, roofline_rows, tiled_prompts
 from .brier import brier_difference, summarize_brier
 from .domains import domain_patches, domain_texts, special_patches
 from .generation_quality import TEMPERATURES, prompts_and_references, sampling_options, text_figures, write_texts
 from .likelihood import exact_likelihood, why_no_likelihood
 from .patch_draws import brier_sums, is_student, plan_positions
 from .reconstruction import active_dimensions, cycle_error, reconstruction_accuracy, student_latents
+from .roofline import MachineRates
 
 
 PARTS = ("codec", "likelihood", "brier", "generation", "speed")
@@ -47,7 +48,7 @@ class EvaluationSettings:
         resamples: of the bootstrap.
         num_texts, prompt_tokens, new_tokens: of the generation, at each of `temperatures`.
         shown: texts of each model and temperature that the report prints, the first ones.
-        speed_tokens, speed_batches, repeats: of the decoding table.
+        speed_tokens, speed_batches, repeats: of the tables of decoding and roofline.
         seed: of everything that is drawn.
     """
 
@@ -440,21 +441,30 @@ class Evaluation:
 
     def _speed(self) -> dict[str, Any]:
         subjects, settings = self.subjects, self.settings
-        device = next(iter(subjects.models.values())).device
+        first = next(iter(subjects.models.values()))
+        device = first.device
         texts = subjects.rows[: max(settings.speed_batches), : settings.prompt_tokens].tolist()
 
+        def prompts(batch: int, length: int) -> torch.Tensor:
+            return tiled_prompts(texts, batch, length).to(device)
+
         def measure() -> dict[str, Any]:
-            groups = decode_rows(
-                subjects.models,
-                lambda batch, length: tiled_prompts(texts, batch, length).to(device),
-                settings.speed_batches,
-                [settings.prompt_tokens],
-                settings.speed_tokens,
-                settings.repeats,
-                baseline=subjects.judge,
-                say=self.say,
-            )
-            return {"rows": [{"device": str(device), **row} for group in groups for row in group]}
+            rates = MachineRates(device, first.dtype)
+            grid = (subjects.models, prompts, settings.speed_batches, [settings.prompt_tokens])
+            written: dict[str, Any] = {
+                "new_tokens": settings.speed_tokens,
+                "repeats": settings.repeats,
+                "say": self.say,
+            }
+            groups = {
+                "rows": decode_rows(*grid, baseline=subjects.judge, **written),
+                "roofline": roofline_rows(*grid, rates, **written),
+            }
+            found = {
+                name: [{"device": str(device), **row} for group in rows for row in group]
+                for name, rows in groups.items()
+            }
+            return {**found, "rates": rates.record()}
 
         key: dict[str, Any] = {name: self._identity(model) for name, model in subjects.models.items()}
         key |= {"tokens": settings.speed_tokens, "batches": settings.speed_batches, "repeats": settings.repeats}

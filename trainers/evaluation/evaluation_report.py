@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..reporting import _fenced, _figure
-from .benchmark import TABLES
+from .benchmark import TABLES, rates_line
 from .evaluation import OTHER_PEOPLE, PEOPLE
 
 
@@ -304,9 +304,12 @@ def _generation(report: Mapping[str, Any]) -> Section:
 
 
 def _speed(report: Mapping[str, Any]) -> Section:
-    table, rows = TABLES["decode"], report["speed"]["rows"]
-    shown = [[show(row) for show in table.columns.values()] for row in rows]
-    return Section("Speed", [table.note, ReportTable(list(table.columns), shown), "More tables: scripts/bench.py."])
+    found = report["speed"]
+    items: list[Any] = []
+    for table, rows in ((TABLES["decode"], found["rows"]), (TABLES["roofline"], found["roofline"])):
+        shown = [[show(row) for show in table.columns.values()] for row in rows]
+        items += [table.note, ReportTable(list(table.columns), shown)]
+    return Section("Speed", [*items, rates_line(found["rates"]), "More tables: scripts/bench.py."])
 
 
 def _codec(report: Mapping[str, Any]) -> Section:
