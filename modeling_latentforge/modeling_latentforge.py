@@ -13,7 +13,7 @@ A parallel decoder makes the K logits of a patch at once, from the latent alone.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -629,7 +629,13 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         self._check_context(grid.input_ids.shape[1])
         self._check_slots(cache, grid.input_ids.shape[1])
         conditions, patch_mask = self._conditions(grid, None if cache is None else cache.backbone, cache is not None)
-        if self.config.decoder_type == "autoregressive":
+        weights = None if labels is None else self._loss_weights(loss_weights, distillation)
+        reads_tokens = weights is None or output_logits or weights.get("ce") or weights.get("kd")
+        latents = hidden = None
+        fill: Callable[..., None] | None = None
+        if not reads_tokens:  # the energy score draws its own latents
+            latents = self.sample_latents(conditions, sample_noise) if weights.get("mse") else None
+        elif self.config.decoder_type == "autoregressive":
             latents = self.sample_latents(conditions, sample_noise)
             hidden, inputs, windows, memory = self.decoder(grid.input_ids, grid.mask, latents, conditions)
             fill = partial(self._fill_cache, cache, grid, length, latents, inputs, windows, memory)
@@ -645,7 +651,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             vectors = self._decode_parallel(latents)
             hidden = vectors[:, 1 : grid.input_ids.shape[1] + 1]  # place t predicts token t + 1
             fill = partial(self._fill_parallel_cache, cache, grid, length, vectors, patch_mask)
-        if cache is not None:
+        if cache is not None and fill is not None:
             fill()
             if cache.is_recording:
                 cache.record_prompt(fill)
@@ -653,10 +659,10 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 cache.patch_logits = self._sampled_patch_logits(conditions[:, -1], patch_sampling)
 
         output = LatentForgeOutput(past_key_values=cache)
-        if hidden is None:
+        if hidden is None and reads_tokens:
             output.logits = cache.patch_logits[:, grid.input_ids.shape[1] % self.config.patch_size, None]
             return output
-        hidden = self._off_grid(hidden, grid, length)
+        hidden = self._off_grid(hidden, grid, length) if reads_tokens else None
         if labels is not None:
             output.loss, output.loss_components = self._losses(
                 hidden,
@@ -665,7 +671,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 grid,
                 labels,
                 num_items_in_batch,
-                loss_weights,
+                weights,
                 distillation,
                 distillation_starts,
             )
@@ -673,9 +679,8 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             output.logits = self.get_output_embeddings()(_kept(hidden, logits_to_keep))
         return output
 
-    def _losses(
-        self, hidden, conditions, latents, grid, labels, num_items, weights, distillation, distillation_starts
-    ):
+    def _loss_weights(self, weights: Mapping[str, float] | None, distillation: object) -> Mapping[str, float]:
+        """Those given, else the default of this student. Raises ValueError where they ask for what is not there."""
         has_energy = self.config.head_config.head_type == "energy"
         if weights is None:
             weights = {"energy": 1.0} if has_energy else {}
@@ -693,7 +698,13 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 f"The loss part `energy` has weight {weights['energy']} but the head is "
                 f"`{self.config.head_config.head_type}`."
             )
+        if not any(weights.get(part) for part in LOSS_PARTS):
+            raise ValueError(f"All loss weights are zero: {dict(weights)}.")
+        return weights
 
+    def _losses(
+        self, hidden, conditions, latents, grid, labels, num_items, weights, distillation, distillation_starts
+    ):
         # nothing predicts a row's first token: column 0, or the first that is no padding
         labels = labels.clone()
         labels[:, 0] = -100
@@ -739,8 +750,6 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 )
                 components["energy"] = (score * tokens_per_patch.flatten()).sum() / num_items
                 loss = loss + weights["energy"] * components["energy"]
-        if not components:
-            raise ValueError(f"All loss weights are zero: {dict(weights)}.")
         return loss, {name: value.detach() for name, value in components.items()}
 
     # -- cache

@@ -248,6 +248,28 @@ def test_losses_that_cannot_be_computed_are_refused(weights, message):
         tiny_student()(ids, labels=ids, loss_weights=weights)
 
 
+@pytest.mark.parametrize("decoder", ["autoregressive", "parallel"])
+def test_an_energy_score_alone_decodes_nothing(decoder):
+    """A third of a step's memory and time would go into logits that no loss reads."""
+    student, ids = tiny_student("energy", decoder), text_batch(2, 16)
+    options = {"labels": ids, "loss_weights": {"energy": 1.0}}
+    losses, calls = [], []
+    decoding = student.decoder if decoder == "autoregressive" else student.autoencoder.decoder
+    handle = decoding.register_forward_hook(lambda *_: calls.append(1))
+    for output_logits in (True, False):
+        torch.manual_seed(0)
+        output = student(ids, output_logits=output_logits, **options)
+        losses.append(output.loss)
+        assert (output.logits is None) != output_logits and len(calls) == 1
+    handle.remove()
+    assert torch.equal(*losses)
+    for weights in ({"energy": 1.0, "mse": 1.0}, {"energy": 1.0, "ce": 0.5}):
+        torch.manual_seed(0)
+        whole = student(ids, labels=ids, loss_weights=weights).loss_components
+        torch.manual_seed(0)
+        assert student(ids, labels=ids, loss_weights=weights, output_logits=False).loss_components == whole
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     """Recomputation with other dropout or another cache state trains a different model."""
     ids = text_batch(2, 16)

@@ -57,11 +57,11 @@ def generation_speed(
 ) -> dict[str, dict[str, Any]]:
     """Tokens per second of several models that continue the same prompt, in turns.
 
-    Taking turns lets a change of the machine's load fall on all models alike. The first round warms up, counts
-    backbone steps and is not timed; on CUDA, where transformers compiles a token model with a static cache, a second
-    one warms up without the counter. Every model writes exactly `new_tokens` (EOS is held back), with the options
-    given here alone: a generation config that came with a checkpoint may sample, penalise or search. Threads and dtype
-    are the models' own: compare like with like.
+    Taking turns, every second time backwards, lets a change of the machine's load fall on all models alike. The first
+    round warms up, counts backbone steps and is not timed; on CUDA, where transformers compiles a token model with a
+    static cache, a second one warms up without the counter. Every model writes exactly `new_tokens` (EOS is held back),
+    with the options given here alone: a generation config that came with a checkpoint may sample, penalise or search.
+    Threads and dtype are the models' own: compare like with like.
 
     Args:
         models: by name; in eval mode, on one device.
@@ -87,7 +87,8 @@ def generation_speed(
     steps: dict[str, float] = {}
     warm_up = 2 if input_ids.is_cuda else 1
     for turn in range(repeats + warm_up):
-        for name, model in models.items():
+        for name in list(models)[:: -1 if turn % 2 else 1]:
+            model = models[name]
             torch.manual_seed(seed)
             own = (options or {}).get(name, {})
             if turn:
