@@ -59,9 +59,9 @@ def generation_speed(
 
     Taking turns, every second time backwards, lets a change of the machine's load fall on all models alike. The first
     round warms up, counts backbone steps and is not timed; on CUDA, where transformers compiles a token model with a
-    static cache, a second one warms up without the counter. Every model writes exactly `new_tokens` (EOS is held back),
-    with the options given here alone: a generation config that came with a checkpoint may sample, penalise or search.
-    Threads and dtype are the models' own: compare like with like.
+    static cache, a second one warms up without the counter. Every model writes exactly `new_tokens` (EOS is held
+    back), with the options given here alone: a generation config that came with a checkpoint may sample, penalise or
+    search. Threads and dtype are the models' own: compare like with like.
 
     Args:
         models: by name; in eval mode, on one device.
