@@ -8,6 +8,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,3 +106,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    # with the result printed and the engine shut down, vLLM's threads abort now and then while Python ends
+    sys.stdout.flush()
+    os._exit(0)
