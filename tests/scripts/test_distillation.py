@@ -55,6 +55,7 @@ def held_out_kl(room, output):
     return divergence_from_teacher(AutoModelForCausalLM.from_pretrained(output), teacher, batches)
 
 
+@pytest.mark.slow  # part of make test-e2e
 def test_a_student_taught_by_scores_is_closer_to_its_teacher_than_one_taught_by_text(room, tmp_path):
     """If it were not, the teacher would be a cost without a gain; a shifted or bent distribution shows here first."""
     train(room, tmp_path / "text", "")

@@ -247,19 +247,22 @@ def kept_by_autograd(config: Any, plan: TrainingPlan, lora_rank: int = 0) -> Kep
 
     blocks = head.num_layers * _gated(hidden, head.intermediate_size, autocast)
     one_sample = blocks + _norm(hidden, 1, autocast) + latent * FP32
+    # an energy score alone draws its own latents and decodes none
+    decodes = bool(plan.loss_weights.get("ce") or plan.loss_weights.get("kd"))
+    samples = conditions if decodes or plan.loss_weights.get("mse") else 0
     if head.head_type == "energy":
         one_sample += head.noise_size * number
-        whole_head = conditions * (one_sample + _norm(hidden, head.num_layers + 1, autocast))
+        whole_head = samples * (one_sample + _norm(hidden, head.num_layers + 1, autocast))
         if plan.loss_weights.get("energy"):
             # the samples, their distances to targets and to each other, and the targets
             distances = head.num_samples * (head.num_targets + 2 * head.num_samples)
             per_patch = head.num_samples * one_sample + (3 * distances + head.num_targets * latent) * FP32
             whole_head += patches * per_patch
     else:
-        whole_head = conditions * one_sample
+        whole_head = samples * one_sample
 
-    held = 0
-    if config.decoder_type == "autoregressive":
+    decoder = held = 0
+    if decodes and config.decoder_type == "autoregressive":
         width, inner, window = config.decoder_hidden_size, config.decoder_intermediate_size, config.decoder_window
         heads = config.decoder_num_heads
         # the token's norm, the convolution's input
@@ -283,7 +286,7 @@ def kept_by_autograd(config: Any, plan: TrainingPlan, lora_rank: int = 0) -> Kep
         decoder += tokens * per_token
         # keys and values of the windows, for a cache that training does not fill; the last norm's, by column
         held = tokens * (config.num_decoder_layers * 5 * width * number + width * FP32)
-    else:
+    elif decodes:
         width, inner, count = codec.hidden_size, codec.intermediate_size, codec.num_decoder_layers
         block = _gated(width, inner, autocast, frozen=not config.train_decoder)
         per_token_blocks = (count + 1) // 2
