@@ -148,3 +148,35 @@ def test_no_key_reaches_logs_errors_or_reprs(caplog, capsys):
     output = capsys.readouterr()
     for text in (*said, caplog.text, output.out, output.err):
         assert KEY not in text
+
+
+@pytest.mark.parametrize("before", range(260, 301, 4))
+def test_a_complaint_that_is_cut_holds_no_half_of_a_key(before):
+    """Cut to its length first and searched for the key then, a long complaint ended in all but the key's last
+    characters."""
+    pytest.importorskip("openai")
+    from trainers.evaluation.loopback_servers import LoopbackServer
+    from trainers.teachers.flow import FlowConfig
+    from trainers.teachers.http_server import HTTPServer, RequestRefused
+
+    class Complaining(LoopbackServer):
+        def answer(self, method, path, body, headers):
+            return 401, {}, {"error": f"{'x' * before}{headers['authorization']} is wrong"}
+
+    with Complaining() as complaining:
+        server = HTTPServer(complaining.url, "URL", Secret(KEY, "A_KEY"), FlowConfig(patience=5.0))
+        with pytest.raises(RequestRefused) as error:
+            server.ask("GET", "/v1/models")
+        server.close()
+    assert KEY[:6] not in str(error.value) and KEY[:6] not in error.value.said
+    assert "Check A_KEY (set)" in str(error.value)
+
+
+def test_a_key_that_is_not_set_is_asked_for_by_its_name():
+    """`Check no key (not set)` sent nobody to the line of .env that is empty."""
+    pytest.importorskip("openai")
+    from trainers.evaluation.loopback_servers import FakeVLLM
+
+    with FakeVLLM(tiny_teacher(), byte_tokenizer(), key="needed-0123") as vllm:
+        with pytest.raises(ValueError, match=r"answers 401.*Check VLLM_REMOTE_API_KEY \(not set\)"):
+            build_teacher("vllm-remote", byte_tokenizer(), {"VLLM_REMOTE_URL": f"{vllm.url}/v1"})

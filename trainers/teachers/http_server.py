@@ -10,6 +10,7 @@ from .flow import Flow, FlowConfig, RequestFailed, quota_pause, told_wait
 
 # what another attempt may cure; everything else above 399 is said once and for all
 PASSING = {408, 409, 425, 500, 502, 503, 504, 520, 522, 524, 529}
+LONGEST_COMPLAINT = 300  # characters of a server's own words in our messages
 
 
 class RequestRefused(ValueError):
@@ -48,7 +49,7 @@ class HTTPServer:
             ) from error
         self.url = check_url(url, name)
         self.root = self.url.removesuffix("/v1")
-        self.key = key or Secret(None, "no key")
+        self.key = Secret(None, "no key") if key is None else key
         self.flow = Flow(self.url, config)
         # its own retries would hide refusals from the limiter; its timeout is per read, ours is per request
         self._client = openai.AsyncOpenAI(
@@ -98,7 +99,7 @@ class HTTPServer:
         return self.flow.ask(lambda: self.send(method, path, body))
 
     def _status(self, path: str, response: Any) -> Exception:
-        status, said = response.status_code, self.key.redact(_message(response))
+        status, said = response.status_code, self.key.redact(_message(response))[:LONGEST_COMPLAINT]
         if status == 429:
             wait, quota = told_wait(response.headers)
             return RequestFailed(f"429 {said}".strip(), refused=True, quota=quota, wait=wait)
@@ -129,11 +130,11 @@ def _parse(content: bytes) -> Any:
 
 
 def _message(response: Any) -> str:
-    """A server's complaint in one line of at most 300 characters."""
+    """A server's complaint in one line, whole: cut before the key is taken out, it would end in half a key."""
     try:
         said = json.loads(response.content)
     except ValueError:
         said = response.text
     for name in ("error", "message", "detail"):
         said = said.get(name, said) if isinstance(said, dict) else said
-    return " ".join(str(said).split())[:300]
+    return " ".join(str(said).split())
