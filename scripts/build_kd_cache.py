@@ -213,9 +213,11 @@ def build_teachers(args: BuildArguments, tokenizer: Any) -> list[Any]:
 
 
 def stored_teacher(teachers: Sequence[Any]) -> Any:
-    from trainers.teachers.labelling import common_teacher
+    from trainers.teachers.labelling import check_equal_answers, common_teacher
 
-    return common_teacher(teachers)
+    stored = common_teacher(teachers)
+    check_equal_answers(teachers)
+    return stored
 
 
 def load_tokenizer(args: BuildArguments) -> tuple[Any, int]:
@@ -258,11 +260,21 @@ def progress_bar(total: int) -> Any:
 
 
 def verify(store: Any, teacher: Any, count: int) -> dict[str, Any]:
-    """Score rows again, print and return what came out."""
+    """Score rows again, print and return what came out.
+
+    Raises:
+        ValueError: the rows are another model's.
+    """
     from trainers.teachers import verify_store
+    from trainers.teachers.labelling import FAR
 
     verification = verify_store(store, teacher, count)
     print(verification.describe())
+    if verification.mean > FAR:
+        raise ValueError(
+            f"verify: what is stored differs from what {teacher!r} says now by {verification.mean:.2g} nats on "
+            "average: those are other weights' answers. Nothing was pushed; label anew into another place."
+        )
     return {"verification": vars(verification)}
 
 

@@ -340,7 +340,7 @@ def load_teacher(student_args: StudentArguments, training_args, block_size: int,
         )
     dense = teacher is not None and teacher.capabilities.form == "dense"
     k = student_args.kd_top_k or (TOP_K if dense else None)
-    num_draws = _num_draws(student_args, k or TOP_K) if dense else student_args.kd_num_draws or 0
+    num_draws = _num_draws(student_args, k or TOP_K) if dense else student_args.kd_num_draws
     store = open_store(student_args.kd_cache, read_only=teacher is None)
     cached = CachedTeacher(teacher, store, k=k, num_draws=num_draws)
     cached.check_tokenizer(tokenizer)

@@ -239,11 +239,13 @@ class KDTrainer(LatentTrainer):
     def _await_teacher(self, owner: TeacherCallback, batches: list[dict[str, Any]]) -> None:
         # Before the step's first forward: weights, optimiser and random state are still those of the last whole step,
         # so a checkpoint made now is one that a resumed run continues exactly.
-        error: TeacherUnavailable | None = None
+        error: Exception | None = None
         try:
             for batch in batches:
                 batch[SIGNAL_KEY] = owner.answer(batch)
-        except TeacherUnavailable as caught:
+        # a key that was revoked, another model after a restart, NaN: waiting helps as little, and the steps so far are
+        # worth as much
+        except (TeacherUnavailable, ValueError) as caught:
             error = caught
         failed = float(error is not None)
         if self.args.world_size > 1:  # each process asks for itself, and all must stop at the same step
@@ -251,16 +253,17 @@ class KDTrainer(LatentTrainer):
         if failed:
             self._stop_after_checkpoint(error or TeacherUnavailable("The teacher of another process stays away."))
 
-    def _stop_after_checkpoint(self, error: TeacherUnavailable) -> None:
+    def _stop_after_checkpoint(self, error: Exception) -> None:
         step = self.state.global_step
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if not step:
             raise error
         if not folder.exists():
             self._save_checkpoint(self.model, trial=None)
-        raise TeacherUnavailable(
+        away = isinstance(error, TeacherUnavailable)
+        raise (TeacherUnavailable if away else ValueError)(
             f"{error} Training stopped after step {step}, which is kept in {folder.name}: go on with "
-            "--resume_from_checkpoint true, or with --teacher_away continue to do without it."
+            f"--resume_from_checkpoint true{', or with --teacher_away continue to do without it' if away else ''}."
         ) from error
 
 

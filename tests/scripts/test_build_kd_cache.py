@@ -15,7 +15,8 @@ from tests.conftest import tiny_autoencoder
 from tests.hub_server import HubServer
 from tests.trainers.training_helpers import TEXT, byte_tokenizer, tiny_teacher
 from trainers.evaluation.loopback_servers import FakeVLLM
-from trainers.teachers import ParquetStore, SQLiteStore, TeacherUnavailable
+from trainers.teachers import HFTeacher, ParquetStore, SQLiteStore, TeacherUnavailable
+from trainers.teachers.identity import identity_of
 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -197,3 +198,15 @@ print("columns", sorted(row), len(row["top_ids"]) == 12 * len(row["tail"]))
     store = SQLiteStore(copied)
     unique = {key for key, _ in shards.stream()}  # two shards may hold the same text
     assert len(store) == len(unique) > 100 and store.teachers() == shards.teachers()
+
+
+def test_a_store_of_other_weights_fails_its_verification(room, capsys):
+    """A sum that says "3 nats off" above a status of 0 is read by nobody, and then the store is pushed."""
+    store, teacher = SQLiteStore(room / "kd.sqlite"), HFTeacher(str(room / "teacher"))
+    assert build_kd_cache.verify(store, teacher, 4)["verification"]["beyond"] == 0
+    identity = identity_of(teacher)
+    with torch.no_grad():
+        teacher.model.get_output_embeddings().weight.mul_(3)
+    teacher.identity = identity  # declared, like a server's
+    with pytest.raises(ValueError, match="nats on average: those are other weights' answers. Nothing was pushed"):
+        build_kd_cache.verify(store, teacher, 4)

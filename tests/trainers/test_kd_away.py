@@ -80,6 +80,25 @@ def test_a_teacher_that_stays_away_ends_training_after_a_checkpoint(tmp_path):
     assert torch.equal(*results)
 
 
+def test_a_refusal_in_the_middle_ends_training_after_a_checkpoint_too(tmp_path):
+    """A key that is revoked, or a server that came back with another model, would cost every step since the last
+    save."""
+
+    class Revoked(RemoteTeacher):
+        def signal(self, input_ids, attention_mask=None):
+            if self.asked >= 3:
+                raise ValueError("http://teacher answers 401: Unauthorized.")
+            return super().signal(input_ids, attention_mask)
+
+    options = {"max_steps": 6, "teacher_prefetch": 0, "save_strategy": "steps", "save_steps": 1000}
+    trainer = trainer_of(tiny_student(), tmp_path, teacher=Revoked(), **options)
+    with pytest.raises(
+        ValueError, match=r"401: Unauthorized. Training stopped after step 3, .* in checkpoint-3: go on"
+    ):
+        trainer.train()
+    assert (tmp_path / "checkpoint-3" / "trainer_state.json").exists()
+
+
 def test_before_the_first_step_there_is_nothing_to_keep(tmp_path):
     """A checkpoint of untrained weights would be resumed from."""
     trainer = trainer_of(tiny_student(), tmp_path, teacher=RemoteTeacher(away=range(1, 99)))

@@ -32,7 +32,7 @@ from trainers.teachers import (
     open_store,
     verify_store,
 )
-from trainers.teachers.labelling import TeacherPool, copy_rows, label
+from trainers.teachers.labelling import TeacherPool, check_equal_answers, copy_rows, label
 from trainers.teachers.store import Shape, StoreBusy, StoredTeacher, StoreFull
 from trainers.teachers.store_parquet import ParquetFolder
 from trainers.teachers.store_rows import ABSENT, StoredRow, decode_row, encode_row
@@ -725,6 +725,46 @@ def test_work_that_always_fails_ends_the_labelling(tmp_path):
     assert len(store) == 0
     with pytest.raises(ValueError, match="must be one and the same"):
         label(blocks(), TeacherPool([AskedTeacher(), AskedTeacher(seed=8)]), store, Shape(8))
+    # nobody else is there, and it would answer the same: no waiting for a server that is not away
+    with pytest.raises(ValueError, match="out of vocabulary"):
+        label(blocks(), TeacherPool([Refusing(9, 9)], retry_after=60, patience=600), store, Shape(8))
+
+
+def test_servers_of_different_weights_do_not_share_a_store():
+    """Of a server one knows what was declared: with other weights behind one url, every second row would be another
+    model's."""
+    equal, other = [AskedTeacher(), AskedTeacher()], AskedTeacher(seed=8)
+    check_equal_answers(equal[:1])
+    check_equal_answers(equal)
+    equal[1].model.lm_head.weight.data += 1e-3 * torch.randn_like(equal[1].model.lm_head.weight)  # other kernels
+    check_equal_answers(equal)
+    with pytest.raises(ValueError, match=r"answer differently: .*\d+% are the same, .* differ by .* nats"):
+        check_equal_answers([*equal, other])
+
+
+def test_what_a_store_does_not_hold_is_not_trained_on_in_silence(tmp_path):
+    """A flag that changes nothing looks like a result."""
+    teacher, store = AskedTeacher(), SQLiteStore(tmp_path / "kd.sqlite")
+    label(blocks(4), TeacherPool([teacher]), store, Shape(6, 2, 1))
+    assert CachedTeacher(None, store).shape == CachedTeacher(None, store, num_draws=2).shape == Shape(6, 2, 1)
+    with pytest.raises(StoreError, match="no rows with 0 draws, but .*num_draws=2.*drop `--kd_num_draws`"):
+        CachedTeacher(None, store, num_draws=0)
+    with pytest.raises(StoreError, match="holds 8 entries a token, asked for 32: pass `--kd_top_k 8`"):
+        CachedTeacher(None, store, k=32)
+
+
+def test_a_shard_that_was_lost_is_labelled_again(tmp_path):
+    """The manifest alone would call the work done, and training could not read it."""
+    teacher = AskedTeacher()
+    folder = ParquetFolder(tmp_path / "shards", *_whose(teacher), {})
+    label(blocks(8), TeacherPool([teacher]), folder, Shape(8), rows_per_shard=4)
+    asked, lost = teacher.rows, tmp_path / "shards" / "data" / "train-00001.parquet"
+    for break_it in (lost.unlink, lambda: lost.write_bytes(lost.read_bytes()[:-9])):
+        break_it()
+        again = ParquetFolder(tmp_path / "shards", *_whose(teacher), {})
+        assert again.has(0) and not again.has(1)
+        assert label(blocks(8), TeacherPool([teacher]), again, Shape(8), rows_per_shard=4).asked == 4
+    assert teacher.rows == asked + 8 and len(ParquetStore(tmp_path / "shards")) == 8
 
 
 def test_verify_finds_rows_that_are_no_longer_true(tmp_path, caplog):

@@ -71,7 +71,7 @@ class CachedTeacher:
             (or `identity`), and a missing row is an error.
         store: see [`open_store`].
         k: entries per position, draws included; default, what the store holds where that is plain, else `DEFAULT_K`.
-        num_draws: how many of them are draws, see [`SparseSignal`].
+        num_draws: how many of them are draws, see [`SparseSignal`]; default, like `k`, else none.
         draw_seed: of the draws.
         mode: `score`.
         identity: of the teacher; default, `teacher`'s own.
@@ -89,7 +89,7 @@ class CachedTeacher:
         teacher: Teacher | None,
         store: KDStore,
         k: int | None = None,
-        num_draws: int = 0,
+        num_draws: int | None = None,
         draw_seed: int = 0,
         mode: str = "score",
         identity: TeacherIdentity | None = None,
@@ -114,11 +114,27 @@ class CachedTeacher:
         self._key = KeyMaker(self.identity, mode)
         self._warned = False
 
-    def _choose_shape(self, k: int | None, num_draws: int, draw_seed: int) -> Shape:
+    def _choose_shape(self, k: int | None, num_draws: int | None, draw_seed: int) -> Shape:
         if k is not None or self.teacher is not None:
+            num_draws = num_draws or 0
+            kept = self.store.shapes(self.stored) if self.teacher is None else ()
+            most = max((shape.num_exact + shape.num_draws for shape in kept), default=0)
+            if k is not None and 0 < most < k:
+                raise StoreError(
+                    f"{self.store.name} holds {most} entries a token, asked for {k}: pass `--kd_top_k {most}`, or "
+                    "give a teacher."
+                )
             k = min(DEFAULT_K if k is None else k, self.vocab_size)
             return Shape(k - num_draws, num_draws, draw_seed if num_draws else 0)
         shapes = self.store.shapes(self.stored)
+        if num_draws is not None:
+            shapes = {shape: count for shape, count in shapes.items() if shape.num_draws == num_draws}
+            if not shapes:
+                others = ", ".join(map(str, self.store.shapes(self.stored)))
+                raise StoreError(
+                    f"{self.store.name} holds no rows with {num_draws} draws, but {others}: drop `--kd_num_draws`, or "
+                    "give a teacher."
+                )
         if len(shapes) != 1:
             raise StoreError(
                 f"{self.store.name} holds rows of {len(shapes)} shapes ({', '.join(map(str, shapes))}): say how many "

@@ -97,7 +97,10 @@ class ParquetFolder:
             leftover.unlink()
 
     def has(self, shard: int) -> bool:
-        return _shard_name(shard) in self.manifest["shards"]
+        """Whether it is written, and whole: a file that was lost since is written again."""
+        entry = self.manifest["shards"].get(_shard_name(shard))
+        path = self.path / _shard_name(shard)
+        return entry is not None and path.is_file() and path.stat().st_size == entry["bytes"]
 
     def write(self, shard: int, rows: Sequence[tuple[bytes, StoredRow]]) -> None:
         """One whole shard; durable when it returns."""
