@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,7 +12,19 @@ from tests.trainers.test_kd_trainer import trainer_of, weights_of
 from tests.trainers.training_helpers import byte_tokenizer, ragged_rows, tiny_args, tiny_teacher, train_log
 from trainers import KDConfig, KDTrainer, PatchCollator
 from trainers.evaluation.loopback_servers import FakeVLLM
-from trainers.teachers import FlowConfig, SparseSignal, TeacherCapabilities, TeacherUnavailable, VLLMServerTeacher
+from trainers.teachers import (
+    CachedTeacher,
+    FlowConfig,
+    SparseSignal,
+    SQLiteStore,
+    TeacherCapabilities,
+    TeacherIdentity,
+    TeacherUnavailable,
+    VLLMServerTeacher,
+)
+
+
+IDENTITY = TeacherIdentity("teacher", "1", "float32", "0" * 64)
 
 
 class RemoteTeacher:
@@ -147,6 +160,25 @@ def test_batches_are_asked_about_together(tmp_path):
     trainer_of(tiny_student(), tmp_path, rows=64, teacher=teacher, max_steps=8).train()
     assert 3 <= teacher.most <= 5
     assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("teacher")]
+
+
+def test_a_store_around_a_remote_teacher_keeps_its_threads_and_asks_once(tmp_path):
+    """One question at a time would make the first epoch as slow as a server is far away; two threads that meet the
+    same text would pay for it twice."""
+    teacher = RemoteTeacher(seconds=0.2)
+    cached = CachedTeacher(teacher, SQLiteStore(tmp_path / "kd.sqlite"), k=20, identity=IDENTITY)
+    assert cached.capabilities.parallel_calls == 8
+    texts = [torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(n % 4)) for n in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        signals = list(pool.map(cached.signal, texts))
+    assert teacher.asked == 4 and 2 <= teacher.most <= 4
+    assert (cached.statistics.asked, cached.statistics.found) == (8, 8)
+    for first, second in zip(signals[:4], signals[4:], strict=True):
+        assert torch.equal(first.top_logprobs, second.top_logprobs)
+    away = CachedTeacher(RemoteTeacher(away=[1]), SQLiteStore(tmp_path / "other.sqlite"), k=20, identity=IDENTITY)
+    with pytest.raises(TeacherUnavailable):
+        away.signal(texts[0])
+    assert away.signal(texts[0]).top_ids.shape == (2, 9, 20)  # what failed is nobody's any more
 
 
 def test_a_hanging_server_does_not_hold_up_the_end(tmp_path):

@@ -751,6 +751,10 @@ def test_what_a_store_does_not_hold_is_not_trained_on_in_silence(tmp_path):
         CachedTeacher(None, store, num_draws=0)
     with pytest.raises(StoreError, match="holds 8 entries a token, asked for 32: pass `--kd_top_k 8`"):
         CachedTeacher(None, store, k=32)
+    cached = CachedTeacher(None, store)
+    for _ in range(2):  # a second time too: nobody waits for an answer that nobody asks for
+        with pytest.raises(StoreError, match="is no teacher to ask"):
+            cached.signal(torch.full((1, 9), 5))
 
 
 def test_a_shard_that_was_lost_is_labelled_again(tmp_path):

@@ -4,6 +4,7 @@ B batch, T tokens, n tokens of one text (a row without its padding), k entries p
 """
 
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -107,8 +108,13 @@ class CachedTeacher:
             self.name = self.stored.identity.name
         self.identity = self.stored.identity
         self.vocab_size, self.num_tokens = self.stored.vocab_size, self.stored.num_tokens
-        remote = teacher is not None and teacher.capabilities.remote
-        self.capabilities = TeacherCapabilities(form="sparse", any_temperature=False, remote=remote)
+        own = TeacherCapabilities() if teacher is None else teacher.capabilities
+        self.capabilities = TeacherCapabilities(
+            form="sparse", any_temperature=False, remote=own.remote, parallel_calls=own.parallel_calls
+        )
+        # the store is one connection, and a text that one thread asks about is not asked about by another
+        self._changed = threading.Condition()
+        self._asking: set[bytes] = set()
         self.shape = self._choose_shape(k, num_draws, draw_seed)
         self.statistics = StoreStatistics()
         self._key = KeyMaker(self.identity, mode)
@@ -156,11 +162,19 @@ class CachedTeacher:
         # one token says nothing about another
         keys = [self._key(text) if len(text) > 1 else None for text in texts]
         wanted = [key for key in keys if key is not None]
-        rows = self._find(wanted)
-        lacking: dict[bytes, int] = {}
-        for place, key in enumerate(keys):
-            if key is not None and key not in rows:
-                lacking.setdefault(key, place)
+        with self._changed:
+            while True:
+                rows = self._find(wanted)
+                lacking: dict[bytes, int] = {}
+                for place, key in enumerate(keys):
+                    if key is not None and key not in rows:
+                        lacking.setdefault(key, place)
+                if self._asking.isdisjoint(lacking):
+                    break
+                self._changed.wait()
+            self.statistics.found += len(rows)
+            if self.teacher is not None:
+                self._asking |= lacking.keys()
         if lacking:
             if self.teacher is None:
                 raise StoreError(
@@ -168,7 +182,12 @@ class CachedTeacher:
                     "is no teacher to ask: label the same data with build_kd_cache.py (same data flags, patch size "
                     "and data seed), or give a teacher."
                 )
-            rows |= self._ask(lacking, input_ids, attention_mask)
+            try:
+                rows |= self._ask(lacking, input_ids, attention_mask)
+            finally:
+                with self._changed:
+                    self._asking -= lacking.keys()
+                    self._changed.notify_all()
         self.statistics.repeated += len(wanted) - len(set(wanted))
         return self._assemble([None if key is None else rows[key] for key in keys], mask, input_ids.device)
 
@@ -176,7 +195,6 @@ class CachedTeacher:
         damaged = self.store.num_corrupt
         rows = self.store.get(keys, self.shape)
         self.statistics.corrupt += self.store.num_corrupt - damaged
-        self.statistics.found += len(rows)
         return rows
 
     def _ask(
@@ -187,10 +205,11 @@ class CachedTeacher:
         mask = None if attention_mask is None else attention_mask[places]
         answers = score_rows(self.teacher, input_ids[places], mask, self.shape)
         rows = dict(zip(keys, answers, strict=True))
-        self.statistics.asked += len(rows)
         whole = {key: row for key, row in rows.items() if is_whole(row)}
-        self.statistics.unanswered += len(rows) - len(whole)
-        self._keep(whole)
+        with self._changed:
+            self.statistics.asked += len(rows)
+            self.statistics.unanswered += len(rows) - len(whole)
+            self._keep(whole)
         return rows
 
     def _keep(self, rows: dict[bytes, StoredRow]) -> None:
