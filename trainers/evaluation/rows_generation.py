@@ -121,7 +121,12 @@ def _token_draft(context: Context, demo: Path) -> Path:
         own = ("decoder_type", "ce_weight", "kd_weight")
         flags = {name: value for name, value in (recipe["text"] | recipe["student"]).items() if name not in own}
         flags |= {"num_hidden_layers": flags["num_hidden_layers"] + 1, "patch_size": recipe["patch_size"]}
-        flags |= {"data": recipe["data"], "tokenizer": str(demo / "tokenizer"), "seed": recipe["seed"]}
+        flags |= {
+            "data": recipe["data"],
+            "tokenizer": str(demo / "tokenizer"),
+            "seed": recipe["seed"],
+            "report_to": "none",
+        }
         command = [sys.executable, str(ROOT / "scripts" / "train_teacher.py"), "--output_dir", str(folder)]
         run_or_tell([*command, *(part for name, value in flags.items() for part in (f"--{name}", str(value)))])
     return folder

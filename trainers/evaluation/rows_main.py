@@ -166,6 +166,7 @@ def books_codec(context: Context, vocab_size: int = 8192, max_eval_tokens: int =
             **books(),
             "tokenizer": str(context.work_dir / "tokenizer"),
             "output_dir": str(output),
+            "report_to": "none",
         }
         words = [word for name, value in flags.items() for word in (f"--{name}", value)]
         subprocess.run([sys.executable, str(ROOT / "scripts" / "train_autoencoder.py"), *words], check=True)

@@ -243,6 +243,7 @@ class SideBySide:
                 save_strategy="no",
                 logging_steps=50,
                 disable_tqdm=True,
+                report_to="none",
             )
             AETrainer(
                 codec, arguments, train_dataset=self.blocks()[0], data_collator=PatchCollator(patch_size)
@@ -390,6 +391,7 @@ class SideBySide:
             "save_steps": max(1, steps // 5),
             "save_total_limit": 1,
             "disable_tqdm": True,
+            "report_to": "none",
         }
         model = self.build(run)
         clock = _Clock(folder / "seconds.json")
