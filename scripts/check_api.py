@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"backend   {backend}: {needs}")
         print(f"mode      {'score' if able.startswith('scores') else 'sample'}: it {able}")
         if backend in ("vllm-remote", "venice", "openai"):
-            show_models(backend, environment, arguments.timeout)
+            show_models(backend, environment, arguments.timeout, arguments.teacher)
         if arguments.tokenizer is not None:
             try_teacher(backend, environment, arguments)
         elif backend in ("hf", "vllm-local", "tgi"):
@@ -46,8 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def show_models(backend: str, environment: dict[str, str], timeout: float) -> None:
-    """Models with what they say about themselves, and the limits of the key."""
+def show_models(backend: str, environment: dict[str, str], timeout: float, teacher: str | None = None) -> None:
+    """Models with what they say about themselves, and the limits of the key.
+
+    Raises:
+        ValueError: training with this endpoint, key and model would be refused.
+    """
     from trainers.teachers import FlowConfig, Secret
     from trainers.teachers.build import VENICE_MODEL
     from trainers.teachers.chat_api import VENICE_URL, gives_logprobs, list_models
@@ -66,7 +70,7 @@ def show_models(backend: str, environment: dict[str, str], timeout: float) -> No
     print(f"address   {server.url}; key {'set' if key else 'not set'} ({key.name})")
     try:
         models = list_models(server)
-        wanted = environment.get(f"{prefix}_MODEL", VENICE_MODEL if backend == "venice" else None)
+        wanted = teacher or environment.get(f"{prefix}_MODEL", VENICE_MODEL if backend == "venice" else None)
         able = {name: gives_logprobs(entry) for name, entry in models.items()}
         shown = sorted(models, key=lambda name: (name != wanted, not able[name], name))
         print(f"models    {len(models)}")
@@ -78,11 +82,16 @@ def show_models(backend: str, environment: dict[str, str], timeout: float) -> No
             print(f"  {'*' if name == wanted else ' '} {name}  {words}{f'  up to {length} tokens' if length else ''}")
         if len(shown) > MODELS_SHOWN:
             print(f"    ... and {len(shown) - MODELS_SHOWN} more")
+        qualify = ", ".join(name for name in shown if able[name] is not False) or "none"
+        if wanted is None and len(models) != 1:
+            raise ValueError(f"{prefix}_MODEL is not set: choose one of {qualify}.")
         if wanted is not None and wanted not in models:
-            raise ValueError(f"{prefix}_MODEL is {wanted!r}, which is not listed.")
+            named = "--teacher" if teacher else f"{prefix}_MODEL"
+            raise ValueError(f"{named} is {wanted!r}, which is not listed. Models that qualify: {qualify}.")
         if wanted is not None and able[wanted] is False:
-            qualify = ", ".join(name for name in sorted(models) if able[name]) or "none"
             raise ValueError(f"{wanted!r} gives no log-probabilities. Models that qualify: {qualify}.")
+        if backend == "venice" and not key:
+            raise ValueError(f"{key.name} is not set: put it into .env or the environment.")
         if backend == "venice":
             try:
                 print(f"limits    {server.ask('GET', '/v1/api_keys/rate_limits')}"[:2000])

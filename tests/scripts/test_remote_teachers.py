@@ -171,7 +171,10 @@ def test_check_api_says_models_limits_and_modes(room, capsys):
         env = f"TEACHER_BACKEND=venice\nVENICE_BASE_URL={server.url}/api/v1\nVENICE_API_KEY={KEY}\n"
         (room / ".env").write_text(env)
         assert check_api.main([]) == 1
-        assert "'qwen3-next-80b', which is not listed" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "VENICE_MODEL is 'qwen3-next-80b', which is not listed. Models that qualify: teacher." in said
+        assert check_api.main(["--teacher", "teacher"]) == 0 and check_api.main(["--teacher", "mute"]) == 1
+        assert "'mute' gives no log-probabilities" in capsys.readouterr().out
         (room / ".env").write_text(env + "VENICE_MODEL=mute\n")
         assert check_api.main([]) == 1
         assert "'mute' gives no log-probabilities. Models that qualify: teacher." in capsys.readouterr().out
@@ -181,6 +184,17 @@ def test_check_api_says_models_limits_and_modes(room, capsys):
     for words in ("mode      sample", "* teacher  gives log-probabilities  up to 2048 tokens", "limits", "OK"):
         assert words in text
     assert KEY not in text
+
+
+def test_check_api_fails_where_training_would_refuse(room, capsys):
+    """A status of 0 before an hour of training that ends at its first question."""
+    with FakeVLLM(tiny_teacher(), byte_tokenizer()) as server:
+        (room / ".env").write_text(f"TEACHER_BACKEND=openai\nOPENAI_BASE_URL={server.url}/v1\nOPENAI_MODEL=other\n")
+        assert check_api.main([]) == 1
+        assert "OPENAI_MODEL is 'other', which is not listed. Models that qualify: teacher." in capsys.readouterr().out
+        (room / ".env").write_text(f"TEACHER_BACKEND=venice\nVENICE_BASE_URL={server.url}/v1\nVENICE_MODEL=teacher\n")
+        assert check_api.main([]) == 1
+        assert "VENICE_API_KEY is not set" in capsys.readouterr().out
 
 
 def test_check_api_of_a_vllm_server_says_its_way_in(room, capsys):
