@@ -742,6 +742,20 @@ def test_servers_of_different_weights_do_not_share_a_store():
         check_equal_answers([*equal, other])
 
 
+def test_labelling_again_mends_a_damaged_row(tmp_path, caplog):
+    """Training says "label the same data", and labelling that counts keys alone says that all is there."""
+    teacher, store = AskedTeacher(), SQLiteStore(tmp_path / "kd.sqlite")
+    label(blocks(4), TeacherPool([teacher]), store, Shape(8))
+    store.close()
+    damage(tmp_path / "kd.sqlite")
+    reader = SQLiteStore(tmp_path / "kd.sqlite", read_only=True)
+    keys = [key for key, _ in SQLiteStore(tmp_path / "kd.sqlite", read_only=True).sample(9, _whose(teacher)[0])]
+    assert len(keys) == 3 and "counts as missing: run build_kd_cache.py again" in caplog.text
+    reader.close()
+    again = label(blocks(4), TeacherPool([teacher]), SQLiteStore(tmp_path / "kd.sqlite"), Shape(8))
+    assert (again.asked, again.found) == (1, 3)
+
+
 def test_what_a_store_does_not_hold_is_not_trained_on_in_silence(tmp_path):
     """A flag that changes nothing looks like a result."""
     teacher, store = AskedTeacher(), SQLiteStore(tmp_path / "kd.sqlite")

@@ -300,18 +300,16 @@ class SQLiteStore(KDStore):
             except ValueError:
                 pass
         self.num_corrupt += 1
-        logger.warning("%s: row %d is damaged and will be asked for again.", self.name, number)
+        fate = "will be asked for again" if self.writable else "counts as missing: run build_kd_cache.py again"
+        logger.warning("%s: row %d is damaged and %s.", self.name, number, fate)
         if self.writable:
             with self._transaction() as connection:
                 connection.execute("DELETE FROM rows WHERE id = ?", (number,))
         return None
 
     def missing(self, keys: Sequence[bytes], shape: Shape) -> list[bytes]:
-        query, parameters = _serving(shape)
-        with self._explained():
-            cursor = self._connection().cursor()
-            query = query.format("1")
-            return [key for key in dict.fromkeys(keys) if not cursor.execute(query, (key, *parameters)).fetchall()]
+        # read whole: a damaged row is none, and would be found to be missing only when a training wants it
+        return [key for key in dict.fromkeys(keys) if not self.get([key], shape)]
 
     def put(self, rows: Iterable[tuple[bytes, StoredRow]], teacher: StoredTeacher, draw_seed: int = 0) -> None:
         if not self.writable:
