@@ -225,7 +225,8 @@ def test_make_frontier_prints_tables_and_verdict(
 ):
     """What a newcomer runs must say what came of it, and refuse a corpus before anything is trained."""
     monkeypatch.setitem(frontier.CORPORA, "python", lambda work_dir, records_dir: tiny(work_dir, only=1))
-    (flags,) = make("-n", "frontier", "FRONTIER=--corpus python").stdout.split("scripts/frontier.py")[1].splitlines()
+    printed = make("-n", "frontier", "FRONTIER=--corpus python").stdout
+    flags = printed.split("scripts/frontier.py")[1].splitlines()[0]  # inside another make it also says where it is
     text = script.main([*flags.split(), "--work_dir", str(folder), "--output_dir", str(tmp_path)])
     assert "| K=4 |" in text
     assert "Tiny text: no student has token LMs of both higher and lower speed" in capsys.readouterr().out
