@@ -13,12 +13,13 @@ Rows are found again by their tokens: give the data flags, `--block_size`, the c
 `--patch_size`) and `--data_seed` of the training. Held-out rows are labelled too, for its evaluation. Killed at any
 time, the same command goes on where it was: row by row into SQLite, shard by shard into Parquet. `--verify N` then
 scores N random rows again. A server that is lost drops out, the others do its work, and it returns when it answers
-again.
+again; one that is away at the start joins later.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 
@@ -106,10 +107,17 @@ class BuildArguments:
                 raise ValueError("urls name servers: leave out teacher_backend and device, which are of this process.")
             if len(set(self.urls)) < len(self.urls):
                 raise ValueError("urls names a server twice: it would be asked by two threads for nothing.")
+            from trainers.teachers.env import read_env
+
+            environment = read_env()
+            self.teacher_revision = self.teacher_revision or environment.get("VLLM_REMOTE_REVISION")
+            if self.teacher_dtype == "auto":
+                self.teacher_dtype = environment.get("VLLM_REMOTE_DTYPE", "auto")
             if self.teacher_revision is None or self.teacher_dtype == "auto":
                 raise ValueError(
                     "A server does not tell revision and dtype of its weights, and answers that are kept must say "
-                    "them: pass teacher_revision and teacher_dtype."
+                    "them: pass teacher_revision and teacher_dtype, or set VLLM_REMOTE_REVISION and "
+                    "VLLM_REMOTE_DTYPE."
                 )
         if self.batch_size is None:
             self.batch_size = 64 if self.urls else 8
@@ -138,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.copy_from is not None:
         return copy(args.copy_from, args.output)
     tokenizer, patch_size = load_tokenizer(args)
-    teachers = build_teachers(args, tokenizer)
+    teachers, late = build_teachers(args, tokenizer)
     rows, source = load_rows(args, data_args, tokenizer, patch_size)
     stored = stored_teacher(teachers)
     num_draws = args.num_draws
@@ -150,16 +158,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if args.format == "sqlite"
         else ParquetFolder(args.output, stored, shape, {**source, "rows_per_shard": args.rows_per_shard})
     )
-    pool = TeacherPool(teachers, patience=args.patience)
-    with progress_bar(len(rows)) as bar:
-        statistics = label(rows, pool, target, shape, args.batch_size, args.rows_per_shard, bar.update)
-    print(f"{args.output}: {statistics.describe()}")
-    result = {**vars(statistics), "dropped_out": pool.num_lost}
-    store = target if args.format == "sqlite" else ParquetStore(args.output)
-    if args.verify:
-        result |= verify(store, teachers[0], args.verify)
-    for one in (*teachers, store):
-        one.close()
+    with TeacherPool(teachers, late, patience=args.patience) as pool:
+        with progress_bar(len(rows)) as bar:
+            statistics = label(rows, pool, target, shape, args.batch_size, args.rows_per_shard, bar.update)
+        print(f"{args.output}: {statistics.describe()}")
+        result = {**vars(statistics), "dropped_out": pool.num_lost, "teachers": len(pool.teachers)}
+        store = target if args.format == "sqlite" else ParquetStore(args.output)
+        if args.verify:
+            result |= verify(store, teachers[0], args.verify)
+    store.close()
     if args.push_to is not None:
         push(args.output, args.push_to, args.private)
     return result
@@ -169,9 +176,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 SERVER_PATIENCE = 20.0
 
 
-def build_teachers(args: BuildArguments, tokenizer: Any) -> list[Any]:
-    """The teachers that share the work: equal ones, wherever they run. Servers that do not answer yet are left out, as
-    long as one does.
+def build_teachers(args: BuildArguments, tokenizer: Any) -> tuple[list[Any], list[Callable[[], Any]]]:
+    """The teachers that share the work, equal ones, wherever they run; and for each server that does not answer yet
+    what builds its teacher, as long as another does.
 
     Raises:
         TeacherUnavailable: none answers.
@@ -184,32 +191,29 @@ def build_teachers(args: BuildArguments, tokenizer: Any) -> list[Any]:
     common: dict[str, Any] = {"dtype": args.teacher_dtype, "revision": args.teacher_revision, "k": args.top_k}
     if not args.urls:
         if args.teacher_backend == "vllm-local":
-            return [build_teacher("vllm-local", tokenizer, environment, args.teacher, **common)]
+            return [build_teacher("vllm-local", tokenizer, environment, args.teacher, **common)], []
         device = choose_device(args.device)
         teacher = build_teacher("hf", tokenizer, environment, args.teacher, **common)
         teacher.to(device)
         teacher.check()
-        return [teacher]
-    teachers, away = [], []
+        return [teacher], []
     patience = args.patience if len(args.urls) == 1 else min(args.patience, SERVER_PATIENCE)
+
+    def connect(url: str) -> Any:
+        address = environment | {"VLLM_REMOTE_URL": url}
+        return build_teacher("vllm-remote", tokenizer, address, args.teacher, patience=patience, **common)
+
+    teachers: list[Any] = []
+    late: list[Callable[[], Any]] = []
     for url in args.urls:
         try:
-            teachers.append(
-                build_teacher(
-                    "vllm-remote",
-                    tokenizer,
-                    environment | {"VLLM_REMOTE_URL": url},
-                    args.teacher,
-                    patience=patience,
-                    **common,
-                )
-            )
+            teachers.append(connect(url))
         except TeacherUnavailable as error:
-            away.append(error)
-            print(f"{url} does not answer and is left out: {error}", file=sys.stderr)
-    if not teachers:
-        raise away[0]
-    return teachers
+            late.append(partial(connect, url))
+            if len(late) == len(args.urls):
+                raise
+            print(f"{url} does not answer and takes part when it does: {error}", file=sys.stderr)
+    return teachers, late
 
 
 def stored_teacher(teachers: Sequence[Any]) -> Any:

@@ -3,12 +3,14 @@
     python scripts/check_api.py                                          # TEACHER_BACKEND of .env or the environment
     python scripts/check_api.py --teacher_backend vllm-remote --tokenizer checkpoints/ae
 
+What the endpoint can do is tried: whether it says anything of given tokens (score), and of what it writes (sample).
 With `--tokenizer` (a codec's directory, or a Hub id) the teacher is built as training builds it, tokenizer check
 included. Exit status: 0 when the endpoint can be a teacher, 1 when it cannot, 2 for a wrong call.
 """
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 
 MODELS_SHOWN = 20
@@ -33,9 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"TEACHER_BACKEND is {backend!r}, and can be {', '.join(BACKENDS)}.")
         able, needs = BACKENDS[backend]
         print(f"backend   {backend}: {needs}")
-        print(f"mode      {'score' if able.startswith('scores') else 'sample'}: it {able}")
+        mode = "score" if able.startswith("scores") else "sample"
         if backend in ("vllm-remote", "venice", "openai"):
-            show_models(backend, environment, arguments.timeout, arguments.teacher)
+            show_endpoint(backend, mode, environment, arguments.timeout, arguments.teacher)
+        else:
+            print(f"mode      {mode}: it {able}")
         if arguments.tokenizer is not None:
             try_teacher(backend, environment, arguments)
         elif backend in ("hf", "vllm-local", "tgi"):
@@ -46,8 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def show_models(backend: str, environment: dict[str, str], timeout: float, teacher: str | None = None) -> None:
-    """Models with what they say about themselves, and the limits of the key.
+def show_endpoint(
+    backend: str, mode: str, environment: dict[str, str], timeout: float, teacher: str | None = None
+) -> None:
+    """Models with what they say about themselves, the limits of the key, and the modes that work.
 
     Raises:
         ValueError: training with this endpoint, key and model would be refused.
@@ -97,8 +103,58 @@ def show_models(backend: str, environment: dict[str, str], timeout: float, teach
                 print(f"limits    {server.ask('GET', '/v1/api_keys/rate_limits')}"[:2000])
             except RequestRefused as error:
                 print(f"limits    unknown: {error.said}")
+        name = wanted or next(iter(models))
+        found = {"score": try_scoring(server, name), "sample": try_writing(server, name, backend == "venice")}
+        for one, problem in found.items():
+            print(f"mode      {one}: {'yes' if problem is None else f'no, {problem}'}")
+        if found[mode] is not None:
+            raise ValueError(f"The backend {backend} needs {mode}, and {server.url} cannot: {found[mode]}")
     finally:
         server.close()
+
+
+def try_scoring(server: Any, model: str) -> str | None:
+    """Whether it gives log-probabilities of given token ids; None: it does, else what came instead."""
+    from trainers.teachers.vllm_http import COMPLETIONS, GENERATE
+
+    sampling = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 1}
+    problem = ""
+    for path, body in (
+        (GENERATE, {"token_ids": [1, 2], "sampling_params": sampling}),
+        (COMPLETIONS, {"prompt": [1, 2], **sampling}),
+    ):
+        try:
+            reply = server.ask("POST", path, {"model": model, **body})
+            holder = reply if path == GENERATE else reply["choices"][0]
+            if len(holder["prompt_logprobs"]) == 2:
+                return None
+            problem = f"{path} says nothing of each given token"
+        except (KeyError, IndexError, TypeError):
+            problem = f"{path} dropped the field prompt_logprobs without a word"
+        except (ValueError, ConnectionError) as error:
+            problem = str(error)
+    return problem
+
+
+def try_writing(server: Any, model: str, venice: bool) -> str | None:
+    """Whether what it writes comes with log-probabilities; None: it does, else what came instead."""
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [{"role": "user", "content": "The"}],
+        "max_tokens": 1,
+        "temperature": 1.0,
+        "logprobs": True,
+        "top_logprobs": 1,
+    }
+    if venice:
+        body["venice_parameters"] = {"include_venice_system_prompt": False}
+    try:
+        reply = server.ask("POST", "/v1/chat/completions", body)
+        return None if reply["choices"][0]["logprobs"] else "its texts come without log-probabilities"
+    except (KeyError, IndexError, TypeError):
+        return "its texts come without log-probabilities"
+    except (ValueError, ConnectionError) as error:
+        return str(error)
 
 
 def try_teacher(backend: str, environment: dict[str, str], arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@
     python scripts/train_student.py --data corpus.jsonl --autoencoder checkpoints/ae --teacher Qwen/Qwen3-0.6B-Base \\
         --init_from_teacher --layers 0,2,4,6,8,10,12,14 --lora_r 16 --output_dir checkpoints/student
     python scripts/train_student.py --data corpus.jsonl --autoencoder checkpoints/ae --teacher_backend vllm-remote \\
-        --teacher_dtype bfloat16 --teacher_revision main --output_dir checkpoints/student
+        --teacher_dtype bfloat16 --teacher_revision main --output_dir checkpoints/student   (kept in cache/)
     python scripts/train_student.py --data corpus.jsonl --autoencoder checkpoints/ae \\
         --kd_cache cache/kd_cache.sqlite --output_dir checkpoints/student         (what build_kd_cache.py asked for)
     accelerate launch scripts/train_student.py ...          (or torchrun --nproc_per_node N; same flags)
@@ -75,7 +75,9 @@ class StudentArguments:
         default=None,
         metadata={
             "help": "KD store: what the teacher says is kept there and not asked for twice; without teacher, all is "
-            "read from there. An SQLite file, or a folder or Hub dataset of build_kd_cache.py. Default: none."
+            "read from there. An SQLite file, or a folder or Hub dataset of build_kd_cache.py. `none`: keep nothing. "
+            "Default: cache/kd_cache.sqlite for a teacher in vLLM; none for one at hand, whose full distributions "
+            "teach better."
         },
     )
     teacher_patience: float = field(
@@ -143,6 +145,9 @@ class StudentArguments:
     )
 
     def __post_init__(self):
+        self.keep_nothing = self.kd_cache == "none"
+        if self.keep_nothing:
+            self.kd_cache = None
         if self.kd_top_k is not None and self.kd_top_k < 1:
             raise ValueError(f"kd_top_k must be at least 1, got {self.kd_top_k}.")
         from trainers.teachers.env import read_env
@@ -333,7 +338,7 @@ def load_teacher(student_args: StudentArguments, training_args, block_size: int,
         )
         print(f"teacher: {teacher.name} ({backend})", flush=True)
     if student_args.kd_cache is None:
-        return _with_few_entries(teacher, student_args, training_args.seed)
+        return _with_few_entries(_kept_by_default(teacher, student_args), student_args, training_args.seed)
     if teacher is not None and not teacher.capabilities.scores_given_tokens:
         raise ValueError(
             f"kd_cache keeps what is said of your text, and {teacher.name} writes its own: drop kd_cache."
@@ -344,6 +349,25 @@ def load_teacher(student_args: StudentArguments, training_args, block_size: int,
     store = open_store(student_args.kd_cache, read_only=teacher is None)
     cached = CachedTeacher(teacher, store, k=k, num_draws=num_draws)
     cached.check_tokenizer(tokenizer)
+    return cached
+
+
+def _kept_by_default(teacher, student_args: StudentArguments):
+    """A teacher that gives top-k entries of given text, in the default store; as it is, where it cannot be kept."""
+    from trainers.teachers import CachedTeacher
+    from trainers.teachers.store import DEFAULT_STORE, SQLiteStore, StoreError
+
+    scores = teacher is not None and teacher.capabilities.scores_given_tokens
+    if student_args.keep_nothing or not scores or teacher.capabilities.form == "dense":
+        return teacher
+    try:
+        identity = teacher.identity  # first: no file is made for answers that cannot be kept
+        cached = CachedTeacher(teacher, SQLiteStore(DEFAULT_STORE), k=student_args.kd_top_k, identity=identity)
+    except (ValueError, StoreError) as error:
+        print(f"The teacher's answers are not kept: {error}", flush=True)
+        return teacher
+    student_args.kd_cache = DEFAULT_STORE
+    print(f"The teacher's answers are kept in {DEFAULT_STORE} (--kd_cache none keeps nothing).", flush=True)
     return cached
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -175,8 +176,9 @@ class LatentTrainer(Trainer):
         processes."""
         return {}
 
-    def evaluation_metrics(self, sums: dict[str, float], num_items: float) -> dict[str, float]:
-        """Metrics, without prefix, from the sums of [`evaluate_batch`] and those of the parts (`sums[part]`)."""
+    def evaluation_metrics(self, sums: dict[str, float], num_items: float) -> Mapping[str, float | None]:
+        """Metrics, without prefix, from the sums of [`evaluate_batch`] and those of the parts (`sums[part]`); None
+        takes one out."""
         return {}
 
     def teacher_name(self) -> str | None:
@@ -304,8 +306,10 @@ class LatentTrainer(Trainer):
         metrics = {name: value / num_items for name, value in sums.items() if name in self.part_names}
         if set(weights) <= set(metrics):
             metrics["loss"] = math.fsum(weight * metrics[name] for name, weight in weights.items())
-        metrics.update(self.evaluation_metrics(sums, num_items))
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        known = {**metrics, **self.evaluation_metrics(sums, num_items)}
+        output.metrics.update(
+            {f"{metric_key_prefix}_{name}": value for name, value in known.items() if value is not None}
+        )
         return output
 
     def _reduced_sums(self) -> dict[str, float]:

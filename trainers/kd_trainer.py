@@ -213,14 +213,20 @@ class KDTrainer(LatentTrainer):
         covered, self._covered_in_batch = self._covered_in_batch, None
         return {} if covered is None else {"kd_covered": covered}
 
-    def evaluation_metrics(self, sums: dict[str, float], num_items: float) -> dict[str, float]:
-        metrics = {"nll": sums["ce"] / num_items}
+    def evaluation_metrics(self, sums: dict[str, float], num_items: float) -> dict[str, float | None]:
+        metrics: dict[str, float | None] = {"nll": sums["ce"] / num_items}
         covered = sums.get("kd_covered", num_items)
         if covered < num_items:
             parts = {name: sums[name] / num_items for name in self.part_names if name in sums}
             metrics["kd_coverage"] = covered / num_items
             metrics["kd"] = parts["kd"] = sums["kd"] / covered if covered else math.nan
             metrics["loss"] = math.fsum(weight * parts[name] for name, weight in self._weights.items() if weight)
+            if not covered:
+                # unknown, and JSON has no word for NaN; where the best checkpoint is chosen by it, NaN is never best
+                chosen = self.args.metric_for_best_model if self.args.load_best_model_at_end else None
+                for name in {"kd", "loss"} - {(chosen or "").removeprefix("eval_")}:
+                    if metrics[name] != metrics[name]:
+                        metrics[name] = None
         return metrics
 
     # -- batches

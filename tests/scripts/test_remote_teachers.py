@@ -138,6 +138,28 @@ def test_student_learns_from_a_vllm_server_that_env_names(room, capsys):
     assert server.url not in everything_written(room)
 
 
+def test_what_a_server_says_is_kept_where_nothing_is_said(room, monkeypatch, capsys):
+    """A second training with another learning rate would pay the teacher again; answers of weights that nobody named
+    must not be kept, for they would be found under another's name."""
+    with FakeVLLM(tiny_teacher(), byte_tokenizer()) as server:
+        monkeypatch.setenv("VLLM_REMOTE_URL", server.url)
+        train("--teacher_backend vllm-remote")
+        assert "not kept: A server does not tell the revision" in capsys.readouterr().out
+        assert not (room / "cache" / "kd_cache.sqlite").exists()
+        monkeypatch.setenv("VLLM_REMOTE_REVISION", "abc")
+        monkeypatch.setenv("VLLM_REMOTE_DTYPE", "float32")
+        first = train("--teacher_backend vllm-remote")
+        scored = server.scored
+        assert "kept in cache/kd_cache.sqlite" in capsys.readouterr().out
+        second = train("--teacher_backend vllm-remote")
+        assert server.scored <= scored + 3, "only whether it answers"
+        assert second["eval_kd"] == first["eval_kd"] > 0
+        train("--teacher_backend vllm-remote --kd_cache none")
+        assert server.scored > scored + 20
+    metrics = train("--kd_cache cache/kd_cache.sqlite")  # and without the server
+    assert metrics["eval_kd"] == first["eval_kd"]
+
+
 def test_student_learns_from_what_venice_writes(room, capsys):
     """`make train-student-venice`; the second run pays for nothing."""
     with FakeVenice(tiny_teacher(), byte_tokenizer(), KEY) as server:
@@ -181,7 +203,13 @@ def test_check_api_says_models_limits_and_modes(room, capsys):
         (room / ".env").write_text(env + "VENICE_MODEL=teacher\n")
         assert check_api.main(["--tokenizer", "codec", "--kd_top_k", "8"]) == 0
         text = capsys.readouterr().out
-    for words in ("mode      sample", "* teacher  gives log-probabilities  up to 2048 tokens", "limits", "OK"):
+    for words in (
+        "mode      score: no, ",
+        "mode      sample: yes",
+        "* teacher  gives log-probabilities  up to 2048 tokens",
+        "limits",
+        "OK",
+    ):
         assert words in text
     assert KEY not in text
 
@@ -203,7 +231,8 @@ def test_check_api_of_a_vllm_server_says_its_way_in(room, capsys):
         (room / ".env").write_text(f"TEACHER_BACKEND=vllm-remote\nVLLM_REMOTE_URL={server.url}/v1\n")
         assert check_api.main(["--tokenizer", "codec"]) == 0
     text = capsys.readouterr().out
-    assert "mode      score" in text and "path: /v1/completions" in text and "max_model_len: 2048" in text
+    assert "mode      score: yes" in text and "path: /v1/completions" in text and "max_model_len: 2048" in text
+    assert "mode      sample: no, " in text
     (room / ".env").write_text("TEACHER_BACKEND=vllm-remote\nVLLM_REMOTE_URL=http://127.0.0.1:9/v1\n")
     assert check_api.main(["--timeout", "0.5"]) == 1
     assert "FAILED    http://127.0.0.1:9/v1 gave no answer" in capsys.readouterr().out

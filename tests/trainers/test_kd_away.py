@@ -1,5 +1,6 @@
 """KDTrainer with a teacher whose answers take time, or do not come."""
 
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -143,6 +144,16 @@ def test_evaluation_leaves_out_what_the_teacher_did_not_judge(tmp_path):
     assert full.evaluate()["eval_nll"] == half["eval_nll"] and 0 < half["eval_kd_coverage"] < 1
     assert half["eval_kd"] == pytest.approx(first["eval_kd"], rel=1e-4)
     assert half["eval_loss"] == pytest.approx(half["eval_nll"] + half["eval_kd"], rel=1e-5)
+
+
+def test_an_evaluation_without_any_answer_has_no_distillation_figure(tmp_path):
+    """NaN is no JSON: eval_results.json could be read by nothing but Python."""
+    trainer = trainer_of(tiny_student(), tmp_path, teacher=RemoteTeacher(away=range(99)), teacher_away="continue")
+    metrics = trainer.evaluate()
+    assert metrics["eval_kd_coverage"] == 0 and metrics["eval_nll"] > 0
+    assert not {"eval_kd", "eval_loss"} & set(metrics)
+    trainer.args.load_best_model_at_end, trainer.args.metric_for_best_model = True, "loss"
+    assert math.isnan(trainer.evaluate()["eval_loss"]), "never the best"
 
 
 def test_going_on_without_needs_something_else_to_learn(tmp_path):

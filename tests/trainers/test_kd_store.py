@@ -6,6 +6,7 @@ import os
 import pickle
 import sqlite3
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -286,7 +287,7 @@ def test_files_of_others_are_left_alone(tmp_path):
     with pytest.raises(StoreError, match="another program"):
         SQLiteStore(tmp_path / "photos.db")
     (tmp_path / "text.sqlite").write_text("no database at all, but long enough to have a header" * 20)
-    with pytest.raises(StoreError, match="damaged beyond single rows"):
+    with pytest.raises(StoreError, match="text.sqlite is no SQLite file: choose another path"):
         SQLiteStore(tmp_path / "text.sqlite")
     SQLiteStore(tmp_path / "old.sqlite").close()
     with sqlite3.connect(tmp_path / "old.sqlite") as connection:
@@ -657,8 +658,12 @@ def test_half_a_shard_is_no_shard(tmp_path):
     again = ParquetFolder(tmp_path / "shards", *_whose(teacher), {"data": "text"})
     assert not leftover.exists() and again.has(0) and not again.has(1)
     for other in ((_whose(AskedTeacher(seed=8)), "text"), (_whose(teacher), "other text")):
-        with pytest.raises(StoreError, match="holds shards with another"):
+        with pytest.raises(StoreError, match=r"of another (teacher \(identity.name|source \(data) was"):
             ParquetFolder(tmp_path / "shards", *other[0], {"data": other[1]})
+    with pytest.raises(StoreError, match="is a file, and Parquet shards need a folder"):
+        ParquetFolder(leftover.with_name("train-00000.parquet"), *_whose(teacher), {})
+    with pytest.raises(StoreError, match="is a folder: give a file, as .*kd_cache.sqlite"):
+        SQLiteStore(tmp_path / "shards")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(StoreError, match="not empty"):
@@ -705,6 +710,46 @@ def test_lost_teacher_drops_out_and_returns(tmp_path, monkeypatch):
     statistics = label(blocks(60), pool, store, Shape(8), batch_size=1)
     assert statistics.asked == len(store) == 60 and pool.num_lost == 1
     assert flaky.calls > 5, "it has worked again after its return"
+
+
+def test_a_teacher_that_is_away_at_the_start_joins_later(tmp_path, caplog):
+    """A machine that boots a minute later than the labelling would stay idle for the days that it takes; another
+    model's must not join."""
+    late, closed, tries = FlakyTeacher(99, 99), [], []
+    late.close = lambda: closed.append(True)
+
+    def build():
+        tries.append(True)
+        if len(tries) < 3:
+            raise ConnectionError("server away")
+        return late
+
+    class Waiting(FlakyTeacher):
+        def signal(self, input_ids, attention_mask=None):
+            if input_ids.shape == (1, 32) or late.calls > 2:  # the comparison, else not before the other has worked
+                return super().signal(input_ids, attention_mask)
+            time.sleep(0.05)
+            return super().signal(input_ids, attention_mask)
+
+    first, store = Waiting(999, 999), SQLiteStore(tmp_path / "kd.sqlite")
+    other = FlakyTeacher(99, 99, seed=8)
+    with TeacherPool([first], [build, lambda: other], retry_after=0.01) as pool:
+        statistics = label(blocks(60), pool, store, Shape(8), batch_size=1)
+        assert statistics.asked == len(store) == 60 and late.rows > 1 and pool.teachers == [first, late]
+    assert closed and other.rows == 0 and "has come and is left out: The teachers of a pool must be one" in caplog.text
+
+
+def test_a_text_in_two_shards_is_asked_about_once(tmp_path):
+    """Boilerplate stands in many shards, and would be paid for in each, after a restart too."""
+    rows = ragged_rows(4)
+    twice = Dataset.from_list([*rows, *rows]).with_format("numpy")
+    teacher = AskedTeacher()
+    for _ in range(2):
+        folder = ParquetFolder(tmp_path / "shards", *_whose(teacher), {})
+        statistics = label(twice, TeacherPool([teacher]), folder, Shape(8), rows_per_shard=4)
+        assert teacher.rows == 4
+        (tmp_path / "shards" / "data" / "train-00001.parquet").unlink()
+    assert statistics.repeated == 4 and statistics.asked == 0
 
 
 def test_work_that_always_fails_ends_the_labelling(tmp_path):

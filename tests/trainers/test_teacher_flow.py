@@ -1,8 +1,10 @@
 """Limiter and flow: without a server where a clock suffices, over loopback where a socket matters."""
 
 import asyncio
+import gc
 import threading
 import time
+from contextlib import closing
 from email.utils import formatdate
 
 import pytest
@@ -282,6 +284,20 @@ def test_results_come_in_order_and_are_not_read_far_ahead():
         assert len(read) - len(seen) <= 8
     assert seen == list(range(40))
     flow.close()
+
+
+def test_failures_that_nobody_waits_for_are_not_reported(capfd, caplog):
+    """Ten tracebacks of asyncio stood before the one line that says what happened."""
+    with closing(Flow("http://teacher", FlowConfig(**QUICK))) as flow:
+
+        async def wrong(item):
+            await asyncio.sleep(0.01 * (item == 0))
+            raise BadReply("no such field")
+
+        with pytest.raises(BadReply):
+            list(flow.map(wrong, range(8)))
+    gc.collect()
+    assert "never retrieved" not in caplog.text + capfd.readouterr().err
 
 
 def test_close_ends_what_runs_and_leaves_no_thread():

@@ -112,8 +112,8 @@ def build_teacher(
             model=model or environment.get("VLLM_REMOTE_MODEL"),
             key=Secret(environment.get("VLLM_REMOTE_API_KEY"), "VLLM_REMOTE_API_KEY"),
             k=k or 20,
-            revision=revision,
-            dtype=dtype,
+            revision=revision or environment.get("VLLM_REMOTE_REVISION"),
+            dtype=environment.get("VLLM_REMOTE_DTYPE", "auto") if dtype == "auto" else dtype,
             config=flow(),
         )
     elif backend == "tgi":

@@ -251,6 +251,7 @@ class Flow:
         self._at_close: list[Callable[[], Awaitable[Any]]] = []
         self._lock, self._closed = threading.Lock(), False
         self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(_report)
         self._thread = threading.Thread(target=self._loop.run_forever, name="teacher-requests", daemon=True)
         self._thread.start()
 
@@ -380,6 +381,12 @@ class Flow:
 
     def _gave_up(self, last: str) -> TeacherUnavailable:
         return TeacherUnavailable(f"{self.name} gave no answer for {self.config.patience:.3g} s; last: {last}.")
+
+
+def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # a request that fails after its asker went away (one before it failed) fails for nobody
+    if context.get("message") != "Task exception was never retrieved":
+        loop.default_exception_handler(context)
 
 
 # -- what a server says about when to come back

@@ -35,10 +35,13 @@ class _Task(Generic[Job]):
 
 class TeacherPool:
     """Hands work to several equal teachers, each in threads of its own. One that fails is left alone for a while,
-    its work goes to the others, and it returns when its `check` passes.
+    its work goes to the others, and it returns when its `check` passes. A context manager.
 
     Args:
         teachers: whose answers are the same; a local one is used by one thread only, see [`calls_at_once`].
+        late: for each teacher that is away as yet, what builds it: raises ConnectionError while it stays away. It is
+            compared with the first of `teachers` and joins; one that differs, or cannot do what is asked, is left out
+            for good.
         retry_after: seconds until a lost teacher is tried again; doubled each time, up to a minute.
         patience: seconds that all may be lost at once.
         max_failures: of one piece of work, whoever tried it, before it is taken for the cause.
@@ -48,13 +51,62 @@ class TeacherPool:
     """
 
     def __init__(
-        self, teachers: Sequence[Teacher], retry_after: float = 1.0, patience: float = 600.0, max_failures: int = 8
+        self,
+        teachers: Sequence[Teacher],
+        late: Sequence[Callable[[], Teacher]] = (),
+        retry_after: float = 1.0,
+        patience: float = 600.0,
+        max_failures: int = 8,
     ):
         if not teachers:
             raise ValueError("no teacher: give at least one")
         self.teachers = list(teachers)
         self.retry_after, self.patience, self.max_failures = retry_after, patience, max_failures
         self.num_lost = 0  # how often a teacher dropped out
+        self._run: _Run | None = None
+        self._joining = threading.Lock()  # held while the set of teachers changes
+        self._closed = threading.Event()
+        for build in late:  # daemons: one that waits for a silent server must not hold up the end
+            threading.Thread(target=self._await, args=(build,), name="labelling-late", daemon=True).start()
+
+    def __enter__(self) -> "TeacherPool":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for no late teacher any longer, and close all."""
+        with self._joining:
+            self._closed.set()
+        for teacher in self.teachers:
+            teacher.close()
+
+    def _await(self, build: Callable[[], Teacher]) -> None:
+        pause = self.retry_after
+        while not self._closed.wait(pause):
+            pause = min(2 * pause, 60.0)
+            teacher = None
+            try:
+                teacher = build()
+                common_teacher([self.teachers[0], teacher])
+                check_equal_answers([self.teachers[0], teacher])
+            except Exception as error:
+                if teacher is not None:
+                    teacher.close()
+                if isinstance(error, ConnectionError):
+                    continue
+                logger.warning("A teacher that was away has come and is left out: %s", error)
+                return
+            with self._joining:
+                if self._closed.is_set():
+                    teacher.close()
+                    return
+                self.teachers.append(teacher)
+                if self._run is not None:
+                    self._run.add(teacher)
+            logger.warning("%r, which was away, takes part from now on.", teacher)
+            return
 
     def map(self, ask: Callable[[Teacher, Job], Answer], jobs: Iterable[Job]) -> Iterator[Answer]:
         """`ask(teacher, job)` for every job, in order; few are under way at a time.
@@ -64,17 +116,24 @@ class TeacherPool:
                 fails. A single local teacher's exception at once: nothing would bring it back.
         """
         with _Run(self, ask) as run:
-            under_way = 2 * len(run.threads)
-            first = last = 0
-            for job in jobs:
-                run.submit(_Task(last, job))
-                last += 1
-                if last - first >= under_way:
+            with self._joining:
+                for teacher in self.teachers:
+                    run.add(teacher)
+                self._run = run
+            try:
+                first = last = 0
+                for job in jobs:
+                    run.submit(_Task(last, job))
+                    last += 1
+                    while last - first >= 2 * len(run.threads):
+                        yield run.answer(first)
+                        first += 1
+                while first < last:
                     yield run.answer(first)
                     first += 1
-            while first < last:
-                yield run.answer(first)
-                first += 1
+            finally:
+                with self._joining:
+                    self._run = None
 
 
 def calls_at_once(teacher: Teacher) -> int:
@@ -94,15 +153,17 @@ class _Run:
         self.stopped = False
         self.error: Exception | None = None
         self.lost = 0  # teachers that are out just now
-        self.threads = [
-            threading.Thread(target=self._work, args=(teacher,), name=f"labelling-{place}-{again}", daemon=True)
-            for place, teacher in enumerate(pool.teachers)
-            for again in range(calls_at_once(teacher))
-        ]
+        self.threads: list[threading.Thread] = []
+
+    def add(self, teacher: Teacher) -> None:
+        """Let it take part."""
+        for _ in range(calls_at_once(teacher)):
+            thread = threading.Thread(target=self._work, args=(teacher,), name="labelling", daemon=True)
+            with self.changed:
+                self.threads.append(thread)
+            thread.start()
 
     def __enter__(self) -> "_Run":
-        for thread in self.threads:
-            thread.start()
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -220,9 +281,11 @@ def label(
     teacher = common_teacher(pool.teachers)
     make_key = KeyMaker(teacher.identity)
     statistics = StoreStatistics()
+    labelled: set[bytes] = set()  # in shards before: the same text may stand in two
     for shard, start in enumerate(range(0, len(rows), rows_per_shard)):
         part = rows[start : start + rows_per_shard]
         if isinstance(target, ParquetFolder) and target.has(shard):
+            labelled |= target.keys(shard)
             statistics.found += len(part["input_ids"])
             progress(len(part["input_ids"]))
             continue
@@ -231,14 +294,18 @@ def label(
             token_ids = np.asarray(ids)[np.asarray(mask) != 0]
             if len(token_ids) > 1:
                 key = make_key(token_ids)
-                statistics.repeated += key in texts
-                texts[key] = Text(key, token_ids)
+                if key in texts or key in labelled:
+                    statistics.repeated += 1
+                else:
+                    texts[key] = Text(key, token_ids)
         lacking = target.missing(list(texts), shape) if isinstance(target, KDStore) else list(texts)
         statistics.found += len(texts) - len(lacking)
         progress(len(part["input_ids"]) - len(lacking))
         _label_shard(
             [texts[key] for key in lacking], pool, target, shard, teacher, shape, batch_size, statistics, progress
         )
+        if isinstance(target, ParquetFolder):
+            labelled |= texts.keys()
     return statistics
 
 

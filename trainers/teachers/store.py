@@ -170,8 +170,12 @@ class SQLiteStore(KDStore):
         self._open: tuple[int, sqlite3.Connection] | None = None
         self._closed = False
         self._teacher_ids: dict[StoredTeacher, int] = {}
+        if self.path.is_dir():
+            raise StoreError(f"{self.path} is a folder: give a file, as {self.path / Path(DEFAULT_STORE).name}.")
         if read_only and not self.path.is_file():
             raise StoreError(f"{self.path} is not there: build it with build_kd_cache.py.")
+        if not _may_be_sqlite(self.path):
+            raise StoreError(f"{self.path} is no SQLite file: choose another path. It was left as it is.")
         self._connection()
 
     def __getstate__(self) -> dict:
@@ -410,6 +414,17 @@ class SQLiteStore(KDStore):
             _FOREIGN.append(self._open[1])
         self._open = None
         self._closed = True
+
+
+def _may_be_sqlite(path: Path) -> bool:
+    """Whether a file begins as SQLite's do; one that is missing or empty may become one. What begins otherwise is
+    somebody's text, and no damaged store."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError:
+        return True  # SQLite says what is wrong
+    return start in (b"", b"SQLite format 3\0")
 
 
 # connections of a parent process, kept from being collected in the child

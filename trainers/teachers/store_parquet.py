@@ -86,12 +86,14 @@ class ParquetFolder:
             for name, value in settings.items():
                 if found.get(name) != value:
                     raise StoreError(
-                        f"{self.path} holds shards with another {name} ({found.get(name)}, now {value}): choose "
+                        f"{self.path} holds shards of another {name} ({_differences(found.get(name), value)}): choose "
                         "another folder, or remove it."
                     )
             self.manifest = found
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise StoreError(f"{self.path} is not empty and no KD store: choose another folder.")
+        elif self.path.exists() and not self.path.is_dir():
+            raise StoreError(f"{self.path} is a file, and Parquet shards need a folder: choose another place.")
         (self.path / "data").mkdir(parents=True, exist_ok=True)
         for leftover in (self.path / "data").glob("*.tmp"):
             leftover.unlink()
@@ -101,6 +103,18 @@ class ParquetFolder:
         entry = self.manifest["shards"].get(_shard_name(shard))
         path = self.path / _shard_name(shard)
         return entry is not None and path.is_file() and path.stat().st_size == entry["bytes"]
+
+    def keys(self, shard: int) -> set[bytes]:
+        """Of the rows in a written shard.
+
+        Raises:
+            StoreError: the file is damaged.
+        """
+        path = self.path / _shard_name(shard)
+        try:
+            return set(pq.read_table(path, columns=["key"]).column("key").to_pylist())
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"{path} cannot be read ({error}): remove it, and it is labelled again.") from error
 
     def write(self, shard: int, rows: Sequence[tuple[bytes, StoredRow]]) -> None:
         """One whole shard; durable when it returns."""
@@ -273,6 +287,18 @@ def _fetch_manifest(repo_id: str, revision: str | None) -> tuple[Path, str]:
         return Path(hf_hub_download(repo_id, MANIFEST, repo_type="dataset", revision=commit)), str(commit)
     except Exception as error:
         raise StoreError(f"{repo_id} is no KD store here or on the Hub: {type(error).__name__}: {error}") from error
+
+
+def _differences(found: Any, now: Any, name: str = "") -> str:
+    """What two settings differ in: `identity.revision was 1a2b, is now 3c4d`."""
+    if isinstance(found, dict) and isinstance(now, dict):
+        parts = [
+            _differences(found.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+            for key in {**found, **now}
+            if found.get(key) != now.get(key)
+        ]
+        return "; ".join(parts)
+    return f"{name} was {found}, is now {now}".lstrip()
 
 
 def _shard_name(shard: int) -> str:

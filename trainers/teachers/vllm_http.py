@@ -91,11 +91,11 @@ class VLLMServerTeacher:
         Raises:
             ValueError: it was not.
         """
-        for flag, value in (("--teacher_revision", self.revision), ("--teacher_dtype", self.dtype)):
+        for name, value in (("revision", self.revision), ("dtype", self.dtype)):
             if value in (None, "auto"):
                 raise ValueError(
-                    f"A server does not tell {flag.removeprefix('--teacher_')} of its weights, and answers that are "
-                    f"kept must say it: pass {flag}."
+                    f"A server does not tell the {name} of its weights, and answers that are kept must say it: pass "
+                    f"--teacher_{name}, or set VLLM_REMOTE_{name.upper()}."
                 )
         return TeacherIdentity(self.name, str(self.revision), str(self.dtype), tokenizer_hash(self.tokenizer))
 
