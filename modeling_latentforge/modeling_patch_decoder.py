@@ -205,6 +205,11 @@ class LatentForgePatchDecoder(nn.Module):
         low_rank = config.decoder_output_size != width
         self.to_output = nn.Linear(width, config.decoder_output_size, bias=False) if low_rank else nn.Identity()
 
+    @property
+    def reach(self) -> int:
+        """Tokens before a position that its outputs depend on, but for its memory."""
+        return len(self.layers) * (self.window - 1) + self.convolution.size - 1
+
     def embed(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         embeds = self.embed_tokens(input_ids)
         if mask is not None:
@@ -218,21 +223,28 @@ class LatentForgePatchDecoder(nn.Module):
         return self.norm_latent(latents.to(self.norm_latent.weight.dtype))
 
     def forward(
-        self, input_ids: torch.Tensor, mask: torch.Tensor | None, latents: torch.Tensor, conditions: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        latents: torch.Tensor,
+        conditions: torch.Tensor,
+        start: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor, list[KeyValue], KeyValue | None]:
-        """Whole rows.
+        """Whole rows, or the ends of rows.
 
         Args:
             input_ids, mask: `(B, T)`, each row starting at its first token; False in `mask` reads as the mask
                 embedding.
             latents, conditions: `(B, C, D)` and `(B, C, H)`, C = T // K + 1, of patches 0 .. T // K.
+            start: tokens before `input_ids`, a multiple of K, that are not read. `latents` then begin with the patch
+                at `start`, `conditions` with the first of all. What lies [`reach`] tokens behind the start is exact.
 
         Returns:
             vectors `(B, T, decoder_output_size)`, inputs of the convolution `(B, S - 1 + T, E)`, keys and values of
             every layer's window attention `(B, h, T, d)`, and those of the memory.
         """
         length, num_conditions = input_ids.shape[1], conditions.shape[1]
-        target = torch.arange(1, length + 1, device=input_ids.device)  # the token that each position predicts
+        target = torch.arange(start + 1, start + length + 1, device=input_ids.device)  # what each position predicts
         patch = target // self.patch_size
         hidden = self.embed(input_ids, mask) + self.embed_offset(target % self.patch_size)
         hidden = hidden + self.embed_latents(latents).repeat_interleave(self.patch_size, dim=1)[:, 1 : length + 1]

@@ -1,0 +1,353 @@
+"""Rows of different lengths that are written together, a patch at a time.
+
+B rows, K tokens per patch, T tokens of a prompt, N patches of a row, P places (patches that a row has room for), W
+decoder window, S taps of its convolution, h heads, d head size, H backbone width, V vocabulary.
+
+All rows complete their patches at the same moment, whatever they hold: a row that begins in the middle of a patch
+waits until the others have come to that place. So the backbone runs once per K tokens for everybody. `generate` does
+not do that: there each row of a ragged batch completes patches when its own tokens say so, and the backbone runs for
+all rows each time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+
+PLACES_STEP = 32  # places are added by so many: growing copies everything
+
+
+def room_for(rows: int, places: int) -> tuple[int, int]:
+    """What is set aside for so many rows and places: rows double, places grow in steps, since growing copies all."""
+    return 1 << (rows - 1).bit_length(), -(-places // PLACES_STEP) * PLACES_STEP
+
+
+@dataclass
+class RowState:
+    """A prompt that has been read: what a row of [`PatchBatch`] begins with.
+
+    Attributes:
+        length: places on the patch grid that are filled.
+        num_patches: those that the backbone holds.
+        fixed: tensors `(1, ...)` whose size does not grow.
+        placed: tensors `(1, h, n, d)` with one entry per patch.
+        logits: `(1, V)`, of the next token.
+    """
+
+    length: int
+    num_patches: int
+    fixed: dict[str, torch.Tensor]
+    placed: dict[str, torch.Tensor]
+    logits: torch.Tensor
+
+
+class Prefill:
+    """Reads one prompt, some patches at a time, so that a long one does not stall the rows that are being written.
+
+    Args:
+        model: a `LatentForgeForCausalLM`, in eval mode.
+        input_ids: of the prompt, at least one.
+    """
+
+    def __init__(self, model: Any, input_ids: Sequence[int]):
+        self.model = model
+        self.input_ids = torch.tensor([list(input_ids)], device=model.device)
+        patch_size = model.config.patch_size
+        # a parallel decoder's grid ends with the prompt, and begins in the middle of a patch
+        self.offset = -len(input_ids) % patch_size if model.config.decoder_type == "parallel" else 0
+        self.mask: torch.Tensor | None = None
+        if self.offset:
+            self.mask = torch.ones_like(self.input_ids, dtype=torch.bool)
+            self.mask = torch.nn.functional.pad(self.mask, (self.offset, 0))
+            self.input_ids = torch.nn.functional.pad(self.input_ids, (self.offset, 0), value=model._filler)
+        self.length = self.input_ids.shape[1]
+        self.num_patches = self.length // patch_size
+        self.cache = DynamicCache(config=model.config.backbone_config)
+        self.conditions = [model.model.start.expand(1, 1, -1)]
+        self.done = 0  # patches
+
+    @property
+    def remaining(self) -> int:
+        return self.num_patches - self.done
+
+    def advance(self, count: int) -> None:
+        """Run the backbone over at most `count` more patches."""
+        patch_size = self.model.config.patch_size
+        end = min(self.done + count, self.num_patches)
+        if end == self.done:
+            return
+        span = slice(self.done * patch_size, end * patch_size)
+        ids = self.input_ids[:, span].unflatten(1, (-1, patch_size))
+        mask = None if self.mask is None else self.mask[:, span].unflatten(1, (-1, patch_size))
+        states = self.model.model(self.model._embed_patches(ids, mask), cache=self.cache, use_cache=True)
+        self.conditions.append(states)
+        self.done = end
+
+    def finish(self, generator: torch.Generator | None) -> RowState:
+        """The row, once nothing remains. `generator` makes an energy head's noise; None takes its centre."""
+        config, patch_size = self.model.config, self.model.config.patch_size
+        conditions = torch.cat([x.to(self.conditions[-1].dtype) for x in self.conditions], dim=1)  # (1, N + 1, H)
+        placed: dict[str, torch.Tensor] = {}
+        for number, layer in enumerate(self.cache.layers):
+            if getattr(layer, "keys", None) is not None:
+                placed[f"key{number}"], placed[f"value{number}"] = layer.keys, layer.values
+        begun = self.num_patches * patch_size
+        pending = torch.zeros(1, patch_size, dtype=torch.long, device=self.input_ids.device)
+        pending[:, : self.length - begun] = self.input_ids[:, begun:]
+        fixed = {"pending_ids": pending}
+        if config.decoder_type == "parallel":
+            latents = sample_latents(self.model, conditions[:, -1:], [generator])
+            fixed["patch_logits"] = self.model._patch_logits(self.model._decode_parallel(latents))
+            return RowState(self.length, self.num_patches, fixed, placed, fixed["patch_logits"][:, 0].float())
+
+        decoder = self.model.decoder
+        start = max(0, (self.length - decoder.reach - patch_size) // patch_size * patch_size)
+        latents = sample_latents(self.model, conditions[:, start // patch_size :], [generator])
+        hidden, inputs, windows, memory = decoder(self.input_ids[:, start:], None, latents, conditions, start)
+        keep, taps = decoder.window - 1, decoder.convolution.size - 1
+        known = min(keep, self.length - start)
+        fixed["window_mask"] = torch.arange(keep, device=hidden.device)[None] >= keep - known
+        fixed["recent"] = inputs[:, inputs.shape[1] - taps :]
+        fixed["latent_embeds"] = decoder.embed_latents(latents[:, -1:])
+        for number, pair in enumerate(windows):
+            for name, x in zip(("key", "value"), pair, strict=True):
+                last = x[:, :, x.shape[2] - known :]
+                fixed[f"window_{name}{number}"] = torch.nn.functional.pad(last, (0, 0, keep - known, 0))
+        if memory is not None:
+            placed["memory_key"], placed["memory_value"] = memory
+        return RowState(self.length, self.num_patches, fixed, placed, self.model.lm_head(hidden[:, -1]).float())
+
+
+def sample_latents(model: Any, conditions: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
+    """`(B, C, H)` -> latents `(B, C, D)`, with noise of each row's own generator, or without (None)."""
+    if not model.head.noise_size or all(generator is None for generator in generators):
+        return model.head.sample(conditions)
+    count = conditions.shape[1]
+    noise = [
+        torch.zeros(1, count, model.head.noise_size)
+        if generator is None
+        else model.head.draw_noise((1, count), torch.zeros(()), generator)
+        for generator in generators
+    ]
+    return model.head.sample(conditions, torch.cat(noise).to(conditions))
+
+
+class _RowLayer(DynamicLayer):
+    """One backbone layer's keys and values, rows of `batch`; written where each row is."""
+
+    def __init__(self, batch: "PatchBatch", number: int):
+        super().__init__()
+        self.batch, self.number = batch, number
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        batch = self.batch
+        held = []
+        for name, states in ((f"key{self.number}", key_states), (f"value{self.number}", value_states)):
+            store = batch.store(name, states)
+            store[batch.row_index, :, batch.num_patches] = states[:, :, 0]
+            held.append(store[: batch.num_rows, :, : batch.width])
+        return held[0], held[1]
+
+    def get_seq_length(self) -> int:
+        return self.batch.width - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.batch.width, 0
+
+
+@dataclass
+class PatchBatch:
+    """The rows that are being written.
+
+    Row r belongs to whoever joined at r; when one leaves, the last row takes its place.
+
+    Args:
+        model: a `LatentForgeForCausalLM`, in eval mode. Backbones that attend to less than the whole past are refused:
+            they would take the gaps behind shorter rows for patches.
+
+    Attributes:
+        num_rows: B.
+        logits: `(B, V)`, of each row's next token.
+        generators: of each row's noise.
+
+    Raises:
+        ValueError: see above.
+    """
+
+    model: Any
+    num_rows: int = 0
+    logits: torch.Tensor | None = None
+    lengths: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)  # that each row may come to need
+    generators: list[torch.Generator | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.model._check_full_attention()
+        layers = self.model.config.backbone_config.num_hidden_layers
+        self.cache = Cache(layers=[_RowLayer(self, number) for number in range(layers)])
+        self._release()
+
+    def _release(self) -> None:
+        self.fixed: dict[str, torch.Tensor] = {}
+        self.placed: dict[str, torch.Tensor] = {}
+        self.capacity = (0, 0)  # rows, places
+        self.num_patches = torch.zeros(0, dtype=torch.long, device=self.model.device)
+        self.logits = None
+        self.width = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what grows with rows and patches."""
+        return sum(x.numel() * x.element_size() for x in self.placed.values())
+
+    def store(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """The `(rows, h, P, d)` of a name; made when first asked for."""
+        if name not in self.placed:
+            rows, places = self.capacity
+            self.placed[name] = like.new_zeros(rows, like.shape[1], places, like.shape[3])
+        return self.placed[name]
+
+    def reserve(self, rows: int, places: int) -> None:
+        """Make room; what is there is kept, and what is far too much is given back."""
+        now_rows, now_places = self.capacity
+        rows, places = room_for(rows, places)
+        if rows <= now_rows and places <= now_places and now_rows * now_places <= 4 * rows * places:
+            return
+        self.capacity = rows, places
+        used = min(self.width, places, now_places)
+        for name, old in list(self.placed.items()):
+            new = old.new_zeros(rows, old.shape[1], places, old.shape[3])
+            new[: self.num_rows, :, :used] = old[: self.num_rows, :, :used]
+            self.placed[name] = new
+
+    def join(self, state: RowState, places: int, generator: torch.Generator | None) -> int:
+        """Add a row that may come to `places` patches; returns its number."""
+        row = self.num_rows
+        self.places.append(places)
+        self.reserve(row + 1, max(self.places))
+        for name, x in state.placed.items():
+            self.store(name, x)[row, :, : x.shape[2]] = x[0]
+        if row == 0:
+            self.fixed, self.logits = dict(state.fixed), state.logits
+        else:
+            assert self.logits is not None
+            self.fixed = {name: torch.cat([x, state.fixed[name]]) for name, x in self.fixed.items()}
+            self.logits = torch.cat([self.logits, state.logits])
+        self.num_rows += 1
+        self.lengths.append(state.length)
+        self.generators.append(generator)
+        self.num_patches = torch.cat([self.num_patches, self.num_patches.new_tensor([state.num_patches])])
+        self._measure()
+        return row
+
+    def _measure(self) -> None:
+        self.row_index = torch.arange(self.num_rows, device=self.num_patches.device)
+        self.width = int(self.num_patches.max()) + 1 if self.num_rows else 0
+        places = torch.arange(self.width, device=self.num_patches.device)
+        self.seen = (places <= self.num_patches[:, None])[:, None, None]  # (B, 1, 1, width)
+
+    def leave(self, rows: Sequence[int]) -> list[int]:
+        """Take rows out; returns for each remaining row the number that it had, in their new order."""
+        gone = set(rows)
+        if not gone:
+            return list(range(self.num_rows))
+        remaining = [row for row in range(self.num_rows) if row not in gone]
+        count = len(remaining)
+        order = list(range(self.num_rows))
+        # rows behind the new end move into the gaps before it: few rows are copied, and not all
+        gaps = [row for row in range(count) if row in gone]
+        for gap, row in zip(gaps, [row for row in remaining if row >= count], strict=True):
+            order[gap] = row
+            used = int(self.num_patches[row]) + 1
+            for x in self.placed.values():
+                x[gap, :, :used] = x[row, :, :used]
+        order = order[:count]
+        self.num_rows = count
+        self.lengths = [self.lengths[row] for row in order]
+        self.places = [self.places[row] for row in order]
+        self.generators = [self.generators[row] for row in order]
+        if not count:
+            self._release()
+            return order
+        index = torch.tensor(order, device=self.num_patches.device)
+        self.fixed = {name: x.index_select(0, index) for name, x in self.fixed.items()}
+        assert self.logits is not None
+        self.logits = self.logits.index_select(0, index)
+        self.num_patches = self.num_patches.index_select(0, index)
+        self._measure()
+        return order
+
+    def phase(self, row: int) -> int:
+        """The place in its patch that a row's next token takes."""
+        return self.lengths[row] % self.model.config.patch_size
+
+    def read(self, place: int, tokens: torch.Tensor, active: Sequence[bool]) -> None:
+        """Every active row reads one token, which takes `place` in its patch; then `logits` are of the next ones.
+
+        Args:
+            tokens: `(B,)`; those of rows that are not active may be any.
+            active: rows that are written; the others stay as they are, unless they have ended.
+        """
+        assert self.logits is not None
+        everybody = all(active)
+        chosen = None if everybody else torch.tensor(list(active), device=tokens.device)
+        pending = self.fixed["pending_ids"][:, place]
+        pending.copy_(tokens if chosen is None else torch.where(chosen, tokens, pending))
+        before = torch.tensor(self.lengths, device=tokens.device)
+        self.lengths = [length + is_active for length, is_active in zip(self.lengths, active, strict=True)]
+        patch_size = self.model.config.patch_size
+        if place == patch_size - 1:
+            # whoever is not active now has ended: what becomes of it does not matter
+            self._complete_patch()
+        if self.model.config.decoder_type == "parallel":
+            logits = self.fixed["patch_logits"][:, (place + 1) % patch_size].float()
+        else:
+            logits = self._decode(tokens, before, chosen)
+        self.logits = logits if chosen is None else torch.where(chosen[:, None], logits, self.logits)
+
+    def _complete_patch(self) -> None:
+        embeds = self.model._embed_patches(self.fixed["pending_ids"][:, None], None)
+        # a row that has ended goes on to the end of its patch
+        self.reserve(self.num_rows, max(*self.places, self.width + 1))
+        condition = self.model.model(embeds, self.seen, self.num_patches[:, None], self.cache, use_cache=True)
+        self.num_patches = self.num_patches + 1
+        latents = sample_latents(self.model, condition, self.generators)
+        if self.model.config.decoder_type == "parallel":
+            self.fixed["patch_logits"] = self.model._patch_logits(self.model._decode_parallel(latents))
+        else:
+            self.fixed["latent_embeds"] = self.model.decoder.embed_latents(latents)
+            memory = self.model.decoder.memory_of(condition, self.num_patches[:, None, None])
+            if memory is not None:
+                for name, x in zip(("memory_key", "memory_value"), memory, strict=True):
+                    self.store(name, x)[self.row_index, :, self.num_patches] = x[:, :, 0]
+        self._measure()
+
+    def _decode(self, tokens: torch.Tensor, before: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
+        decoder, fixed = self.model.decoder, self.fixed
+        windows = [(fixed[f"window_key{i}"], fixed[f"window_value{i}"]) for i in range(len(decoder.layers))]
+        seen = torch.cat([fixed["window_mask"], fixed["window_mask"].new_ones(self.num_rows, 1)], dim=1)
+        memory: Any = None
+        if "memory_key" in self.placed:
+            memory = tuple(self.placed[f"memory_{x}"][: self.num_rows, :, : self.width] for x in ("key", "value"))
+        hidden, recent, windows = decoder.step(
+            tokens,
+            None,
+            fixed["latent_embeds"],
+            before,
+            fixed["recent"],
+            windows,
+            seen[:, None, None],
+            memory,
+            self.seen,
+        )
+        new = {"recent": recent, "window_mask": seen[:, 1:]}
+        for number, (key, value) in enumerate(windows):
+            new[f"window_key{number}"], new[f"window_value{number}"] = key, value
+        for name, x in new.items():
+            keep = chosen is not None and fixed[name]
+            fixed[name] = x if chosen is None else torch.where(chosen.view(-1, *[1] * (x.dim() - 1)), x, keep)
+        return self.model.lm_head(hidden[:, 0]).float()
