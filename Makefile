@@ -81,7 +81,7 @@ $(BIN)/python:
 
 $(VENV)/.installed: setup.cfg pyproject.toml $(VENV)/.torch
 	$(BIN)/python -m pip install --quiet $(foreach word,$(TORCH),'$(word)')
-	$(BIN)/python -m pip install --quiet --editable '.[train,teachers,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[train,teachers,serve,dev]'
 	@touch $@
 
 # -- the journey

@@ -132,6 +132,7 @@ class _Row:
     request: Request
     text: TextStream
     random: random.Random
+    generator: torch.Generator | None  # of an energy head's noise
     new: Output = field(default_factory=Output)
     finish_reason: str | None = None
 
@@ -187,7 +188,8 @@ class Engine:
         self._batch = PatchBatch(model)
         self._rows: list[_Row] = []
         self._waiting: deque[Request] = deque()
-        self._prefill: tuple[Request, Prefill, torch.Generator | None] | None = None
+        self._reading: list[_Row] = []  # whose prompts are being read, by `_prefill`
+        self._prefill: Prefill | None = None
         self._changed = threading.Condition()
         self._closing = False
         self._numbers = itertools.count()
@@ -248,21 +250,24 @@ class Engine:
             self.statistics.cache_bytes = self._batch.num_bytes
             return Statistics(**{**vars(self.statistics), "finished": dict(self.statistics.finished)})
 
-    def is_alive(self) -> bool:
-        """Whether the engine's thread works."""
-        return self._thread.is_alive()
+    @property
+    def status(self) -> str:
+        """`ok`, `stopping`, or `failed`: its thread has ended."""
+        return "stopping" if self._closing else "ok" if self._thread.is_alive() else "failed"
+
+    def refuse(self) -> None:
+        """Take nothing more. May be called by a signal's handler."""
+        self._closing = True
 
     def close(self, patience: float = 0.0) -> None:
         """Take nothing more, let what is there finish for so many seconds, cancel the rest, and end."""
+        self.refuse()
         with self._changed:
-            self._closing = True
             self._changed.notify_all()
         self._thread.join(patience)
         with self._changed:
-            for request in [*self._waiting, *(row.request for row in self._rows)]:
+            for request in [*self._waiting, *(row.request for row in [*self._rows, *self._reading])]:
                 request.cancel()
-            if self._prefill is not None:
-                self._prefill[0].cancel()
             self._changed.notify_all()
         self._thread.join()
 
@@ -283,11 +288,10 @@ class Engine:
     def _measure_place(self) -> int:
         """Bytes that one patch of one row takes; also the first, slow, use of every part of the model."""
         eos = next(iter(self.eos_ids), 0)
-        prefill = Prefill(self.model, [eos] * (self.patch_size + 1))
+        prefill = Prefill(self.model, [[eos] * (self.patch_size + 1)])
         prefill.advance(2)
-        state = prefill.finish(None)
         batch = PatchBatch(self.model)
-        batch.join(state, 2, None)
+        batch.join(prefill.finish([None]), [2], [None])
         tokens = torch.tensor([eos], device=self.model.device)
         for place in [*range(batch.phase(0), self.patch_size), 0]:
             batch.read(place, tokens, [True])
@@ -295,12 +299,11 @@ class Engine:
         return batch.num_bytes // (rows * places)
 
     def _has_room(self, request: Request) -> bool:
-        rows = len(self._rows) + (self._prefill is not None) + 1
+        rows = len(self._rows) + len(self._reading) + 1
         if rows > self.config.max_rows:
             return False
-        places = max([self._places(request), *self._batch.places])
-        if self._prefill is not None:
-            places = max(places, self._places(self._prefill[0]))
+        reading = [self._places(row.request) for row in self._reading]
+        places = max([self._places(request), *reading, *self._batch.places])
         return self._bytes_of(rows, places) <= self.config.cache_bytes
 
     # -- the engine's thread
@@ -319,18 +322,16 @@ class Engine:
     def _wait(self) -> bool:
         """Until there is work; False: it is over."""
         with self._changed:
-            while not (self._rows or self._waiting or self._prefill):
+            while not (self._rows or self._waiting or self._reading):
                 if self._closing:
                     return False
                 self._changed.wait()
             return True
 
     def _fail(self, message: str) -> None:
-        requests = [row.request for row in self._rows]
-        if self._prefill is not None:
-            requests.append(self._prefill[0])
+        requests = [row.request for row in [*self._rows, *self._reading]]
         with self._changed:
-            self._rows, self._prefill, self._batch = [], None, PatchBatch(self.model)
+            self._rows, self._reading, self._prefill, self._batch = [], [], None, PatchBatch(self.model)
         for request in requests:
             self._end(request, Output(finish_reason="error", error=message))
 
@@ -363,50 +364,61 @@ class Engine:
         """Read prompts, for so many tokens; those that are whole join."""
         budget = max(1, self.config.prefill_tokens // self.patch_size)  # patches
         while budget > 0:
-            if self._prefill is None and not self._begin():
+            if not self._reading and not self._begin(budget):
                 return
             assert self._prefill is not None
-            request, prefill, generator = self._prefill
-            reason = self._given_up(request)
-            if reason is not None:
-                self._prefill = None
-                self._end(request, Output(finish_reason=reason))
+            if all(self._given_up(row.request) for row in self._reading):
+                reading, self._reading, self._prefill = self._reading, [], None
+                for row in reading:
+                    self._end(row.request, Output(finish_reason=self._given_up(row.request)))
                 continue
-            steps = min(budget, max(prefill.remaining, 1))
-            prefill.advance(steps)
-            budget -= steps
-            if prefill.remaining:
-                return
-            state = prefill.finish(generator)
-            seed = request.seed if request.seed is not None else random.getrandbits(63)
-            row = _Row(request, TextStream(self.tokenizer, request.prompt_ids, request.stop), random.Random(seed))
-            with self._changed:
-                self._batch.join(state, self._places(request), generator)
-                self._rows.append(row)
-                self._prefill = None
-                self.statistics.prompt_tokens += len(request.prompt_ids)
+            steps = min(max(1, budget // len(self._reading)), max(self._prefill.remaining, 1))
+            self._prefill.advance(steps)
+            budget -= steps * len(self._reading)
+            if not self._prefill.remaining:
+                self._join()
 
-    def _begin(self) -> bool:
-        """Take the next request that there is room for; first come, first served."""
+    def _begin(self, budget: int) -> bool:
+        """Take the next requests that there is room for, first come, first served: as many short ones as can be read
+        at once within the budget, or one long one."""
+        longest = 0
         with self._changed:
             while self._waiting:
                 request = self._waiting[0]
                 reason = self._given_up(request)
-                if reason is None and not self._has_room(request):
-                    return False
-                self._waiting.popleft()
-                if reason is None:
+                if reason is not None:
+                    self._waiting.popleft()
+                    self._end(request, Output(finish_reason=reason))
+                    continue
+                longest = max(longest, len(request.prompt_ids) // self.patch_size + 1)
+                full = self._reading and longest * (len(self._reading) + 1) > budget
+                if full or not self._has_room(request):
                     break
-                self._end(request, Output(finish_reason=reason))
-            else:
-                return False
+                self._reading.append(self._row_of(self._waiting.popleft()))
+        if self._reading:
+            self._prefill = Prefill(self.model, [row.request.prompt_ids for row in self._reading])
+        return bool(self._reading)
+
+    def _row_of(self, request: Request) -> _Row:
         self.observe("queue", time.monotonic() - request.submitted)
+        seed = random.getrandbits(63) if request.seed is None else request.seed
         generator = None
         if self.model.head.noise_size and request.sampling.temperature > 0:
             generator = torch.Generator()
-            generator.manual_seed(random.getrandbits(63) if request.seed is None else request.seed)
-        self._prefill = request, Prefill(self.model, request.prompt_ids), generator
-        return True
+            generator.manual_seed(seed)
+        text = TextStream(self.tokenizer, request.prompt_ids, request.stop)
+        return _Row(request, text, random.Random(seed), generator)
+
+    def _join(self) -> None:
+        assert self._prefill is not None
+        states = self._prefill.finish([row.generator for row in self._reading])
+        with self._changed:
+            self._batch.join(
+                states, [self._places(row.request) for row in self._reading], [row.generator for row in self._reading]
+            )
+            self._rows += self._reading
+            self.statistics.prompt_tokens += sum(len(row.request.prompt_ids) for row in self._reading)
+            self._reading, self._prefill = [], None
 
     def _write_patch(self) -> None:
         """Every row writes to the end of its patch."""

@@ -45,70 +45,83 @@ class RowState:
 
 
 class Prefill:
-    """Reads one prompt, some patches at a time, so that a long one does not stall the rows that are being written.
+    """Reads prompts, some patches at a time, so that long ones do not stall the rows that are being written.
+
+    Several prompts are read as one batch, filled up behind their ends, where nothing looks.
 
     Args:
         model: a `LatentForgeForCausalLM`, in eval mode.
-        input_ids: of the prompt, at least one.
+        prompts: ids of each, at least one.
     """
 
-    def __init__(self, model: Any, input_ids: Sequence[int]):
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]]):
         self.model = model
-        self.input_ids = torch.tensor([list(input_ids)], device=model.device)
-        patch_size = model.config.patch_size
+        patch_size, filler = model.config.patch_size, model._filler
         # a parallel decoder's grid ends with the prompt, and begins in the middle of a patch
-        self.offset = -len(input_ids) % patch_size if model.config.decoder_type == "parallel" else 0
+        parallel = model.config.decoder_type == "parallel"
+        self.offsets = [-len(prompt) % patch_size if parallel else 0 for prompt in prompts]
+        self.lengths = [offset + len(prompt) for offset, prompt in zip(self.offsets, prompts, strict=True)]
+        self.num_patches = [length // patch_size for length in self.lengths]
+        longest = (max(self.num_patches) + 1) * patch_size
+        rows = [
+            [filler] * offset + list(prompt) + [filler] * (longest - offset - len(prompt))
+            for offset, prompt in zip(self.offsets, prompts, strict=True)
+        ]
+        self.input_ids = torch.tensor(rows, device=model.device)
         self.mask: torch.Tensor | None = None
-        if self.offset:
-            self.mask = torch.ones_like(self.input_ids, dtype=torch.bool)
-            self.mask = torch.nn.functional.pad(self.mask, (self.offset, 0))
-            self.input_ids = torch.nn.functional.pad(self.input_ids, (self.offset, 0), value=model._filler)
-        self.length = self.input_ids.shape[1]
-        self.num_patches = self.length // patch_size
+        if any(self.offsets):
+            begins = torch.tensor(self.offsets, device=model.device)[:, None]
+            self.mask = torch.arange(longest, device=model.device) >= begins
         self.cache = DynamicCache(config=model.config.backbone_config)
-        self.conditions = [model.model.start.expand(1, 1, -1)]
+        self.states = [model.model.start.expand(len(prompts), 1, -1)]
         self.done = 0  # patches
 
     @property
     def remaining(self) -> int:
-        return self.num_patches - self.done
+        """Patches of the longest prompt that have not been read."""
+        return max(self.num_patches) - self.done
 
     def advance(self, count: int) -> None:
-        """Run the backbone over at most `count` more patches."""
+        """Run the backbone over at most `count` more patches of each."""
         patch_size = self.model.config.patch_size
-        end = min(self.done + count, self.num_patches)
+        end = min(self.done + count, max(self.num_patches))
         if end == self.done:
             return
         span = slice(self.done * patch_size, end * patch_size)
         ids = self.input_ids[:, span].unflatten(1, (-1, patch_size))
         mask = None if self.mask is None else self.mask[:, span].unflatten(1, (-1, patch_size))
-        states = self.model.model(self.model._embed_patches(ids, mask), cache=self.cache, use_cache=True)
-        self.conditions.append(states)
+        embeds = self.model._embed_patches(ids, mask)
+        self.states.append(self.model.model(embeds, cache=self.cache, use_cache=True))
         self.done = end
 
-    def finish(self, generator: torch.Generator | None) -> RowState:
-        """The row, once nothing remains. `generator` makes an energy head's noise; None takes its centre."""
+    def finish(self, generators: Sequence[torch.Generator | None]) -> list[RowState]:
+        """The rows, once nothing remains. `generators` make an energy head's noise; None takes its centre."""
+        conditions = torch.cat([x.to(self.states[-1].dtype) for x in self.states], dim=1)  # (G, C, H)
+        return [self._finish(row, conditions, generator) for row, generator in enumerate(generators)]
+
+    def _finish(self, row: int, conditions: torch.Tensor, generator: torch.Generator | None) -> RowState:
         config, patch_size = self.model.config, self.model.config.patch_size
-        conditions = torch.cat([x.to(self.conditions[-1].dtype) for x in self.conditions], dim=1)  # (1, N + 1, H)
+        length, num_patches = self.lengths[row], self.num_patches[row]
+        conditions = conditions[row : row + 1, : num_patches + 1]
         placed: dict[str, torch.Tensor] = {}
         for number, layer in enumerate(self.cache.layers):
             if getattr(layer, "keys", None) is not None:
-                placed[f"key{number}"], placed[f"value{number}"] = layer.keys, layer.values
-        begun = self.num_patches * patch_size
-        pending = torch.zeros(1, patch_size, dtype=torch.long, device=self.input_ids.device)
-        pending[:, : self.length - begun] = self.input_ids[:, begun:]
-        fixed = {"pending_ids": pending}
+                placed[f"key{number}"] = layer.keys[row : row + 1, :, :num_patches]
+                placed[f"value{number}"] = layer.values[row : row + 1, :, :num_patches]
+        begun = num_patches * patch_size
+        fixed = {"pending_ids": self.input_ids[row : row + 1, begun : begun + patch_size].clone()}
         if config.decoder_type == "parallel":
             latents = sample_latents(self.model, conditions[:, -1:], [generator])
             fixed["patch_logits"] = self.model._patch_logits(self.model._decode_parallel(latents))
-            return RowState(self.length, self.num_patches, fixed, placed, fixed["patch_logits"][:, 0].float())
+            return RowState(length, num_patches, fixed, placed, fixed["patch_logits"][:, 0].float())
 
         decoder = self.model.decoder
-        start = max(0, (self.length - decoder.reach - patch_size) // patch_size * patch_size)
+        start = max(0, (length - decoder.reach - patch_size) // patch_size * patch_size)
         latents = sample_latents(self.model, conditions[:, start // patch_size :], [generator])
-        hidden, inputs, windows, memory = decoder(self.input_ids[:, start:], None, latents, conditions, start)
+        ids = self.input_ids[row : row + 1, start:length]
+        hidden, inputs, windows, memory = decoder(ids, None, latents, conditions, start)
         keep, taps = decoder.window - 1, decoder.convolution.size - 1
-        known = min(keep, self.length - start)
+        known = min(keep, length - start)
         fixed["window_mask"] = torch.arange(keep, device=hidden.device)[None] >= keep - known
         fixed["recent"] = inputs[:, inputs.shape[1] - taps :]
         fixed["latent_embeds"] = decoder.embed_latents(latents[:, -1:])
@@ -118,7 +131,7 @@ class Prefill:
                 fixed[f"window_{name}{number}"] = torch.nn.functional.pad(last, (0, 0, keep - known, 0))
         if memory is not None:
             placed["memory_key"], placed["memory_value"] = memory
-        return RowState(self.length, self.num_patches, fixed, placed, self.model.lm_head(hidden[:, -1]).float())
+        return RowState(length, num_patches, fixed, placed, self.model.lm_head(hidden[:, -1]).float())
 
 
 def sample_latents(model: Any, conditions: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
@@ -224,25 +237,27 @@ class PatchBatch:
             new[: self.num_rows, :, :used] = old[: self.num_rows, :, :used]
             self.placed[name] = new
 
-    def join(self, state: RowState, places: int, generator: torch.Generator | None) -> int:
-        """Add a row that may come to `places` patches; returns its number."""
-        row = self.num_rows
-        self.places.append(places)
-        self.reserve(row + 1, max(self.places))
-        for name, x in state.placed.items():
-            self.store(name, x)[row, :, : x.shape[2]] = x[0]
-        if row == 0:
-            self.fixed, self.logits = dict(state.fixed), state.logits
-        else:
-            assert self.logits is not None
-            self.fixed = {name: torch.cat([x, state.fixed[name]]) for name, x in self.fixed.items()}
-            self.logits = torch.cat([self.logits, state.logits])
-        self.num_rows += 1
-        self.lengths.append(state.length)
-        self.generators.append(generator)
-        self.num_patches = torch.cat([self.num_patches, self.num_patches.new_tensor([state.num_patches])])
+    def join(
+        self, states: Sequence[RowState], places: Sequence[int], generators: Sequence[torch.Generator | None]
+    ) -> None:
+        """Add rows behind the others, each of which may come to so many `places` (patches)."""
+        self.places += places
+        self.reserve(self.num_rows + len(states), max(self.places))
+        for row, state in enumerate(states, self.num_rows):
+            for name, x in state.placed.items():
+                self.store(name, x)[row, :, : x.shape[2]] = x[0]
+        together = [state.fixed for state in states]
+        if self.num_rows:
+            together = [self.fixed, *together]
+        self.fixed = {name: torch.cat([fixed[name] for fixed in together]) for name in together[0]}
+        logits = [state.logits for state in states]
+        self.logits = torch.cat(logits if self.logits is None else [self.logits, *logits])
+        self.lengths += [state.length for state in states]
+        self.generators += generators
+        counts = self.num_patches.new_tensor([state.num_patches for state in states])
+        self.num_patches = torch.cat([self.num_patches, counts])
+        self.num_rows += len(states)
         self._measure()
-        return row
 
     def _measure(self) -> None:
         self.row_index = torch.arange(self.num_rows, device=self.num_patches.device)

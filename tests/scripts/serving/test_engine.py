@@ -93,13 +93,15 @@ def test_rows_that_join_and_leave_get_what_generate_gives_them(head, decoder, kw
     with torch.inference_mode():
         batch, written, who, waiting = PatchBatch(model), {}, [], list(enumerate(prompts()))
         while waiting or batch.num_rows:
-            for number, prompt in waiting[:2]:
-                prefill = Prefill(model, prompt)
+            if waiting:
+                numbers, ids = zip(*waiting[:2], strict=True)
+                prefill = Prefill(model, ids)
                 while prefill.remaining:
                     prefill.advance(3)
-                batch.join(prefill.finish(None), (len(prompt) + count) // patch_size + 2, None)
-                who.append(number)
-                written[number] = []
+                places = [(len(prompt) + count) // patch_size + 2 for prompt in ids]
+                batch.join(prefill.finish([None] * len(ids)), places, [None] * len(ids))
+                who += numbers
+                written |= {number: [] for number in numbers}
             waiting = waiting[2:]
             for place in range(patch_size):
                 active = [len(written[n]) < count and batch.phase(r) == place for r, n in enumerate(who)]
