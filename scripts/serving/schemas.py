@@ -7,7 +7,7 @@ a server that drops what it does not know answers another question.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 
 MOST_CHOICES = 16  # texts of one call
@@ -24,20 +24,37 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _whole(value: Any) -> Any:
+    # JSON knows no integers: 5.0 is one
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _only(*allowed: Any) -> Any:
+    """A field that may only have its default: for clients that send what they do not use."""
+
+    def check(value: Any) -> Any:
+        if not any(type(value) is type(one) and value == one for one in allowed):
+            raise ValueError(f"is not supported, leave it out (or {' or '.join(map(str, allowed))})")
+        return value
+
+    return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": list(allowed)})]
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=LARGEST)]], Field(min_length=1)]
+Int = Annotated[int, BeforeValidator(_whole)]
+TokenIds = Annotated[list[Annotated[Int, Field(ge=0, le=LARGEST)]], Field(min_length=1)]
 Stop = Annotated[Text, Field(min_length=1, max_length=LONGEST_STOP)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-TopK = Annotated[int, Field(ge=0, le=LARGEST)]
-Tokens = Annotated[int, Field(ge=1, le=LARGEST)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+TopK = Annotated[Int, Field(ge=0, le=LARGEST)]
+Tokens = Annotated[Int, Field(ge=1, le=LARGEST)]
+Seed = Annotated[Int, Field(ge=-(2**63), lt=2**63)]
 
 
 class Asked(BaseModel):
-    """A request's body: nothing unknown in it."""
+    """A request's body: nothing unknown in it, and no word where a number belongs."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class GenerateRequest(Asked):
@@ -69,17 +86,17 @@ class Common(Asked):
     temperature: Temperature | None = 1.0
     top_p: TopP | None = 1.0
     top_k: TopK | None = Field(0, description="Not OpenAI's: sample among so many likeliest tokens; 0 for all.")
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = 1
+    n: Annotated[Int, Field(ge=1, le=MOST_CHOICES)] | None = 1
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     seed: Seed | None = None
     user: Text | None = None
     ignore_eos: bool = Field(False, description="Not OpenAI's: go on behind the end of a text, for measurements.")
-    frequency_penalty: Literal[0] | None = 0
-    presence_penalty: Literal[0] | None = 0
-    repetition_penalty: Literal[1] | None = 1
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    frequency_penalty: _only(0, 0.0, None) = 0  # type: ignore[valid-type]
+    presence_penalty: _only(0, 0.0, None) = 0  # type: ignore[valid-type]
+    repetition_penalty: _only(1, 1.0, None) = 1  # type: ignore[valid-type]
+    logit_bias: _only({}, None) = None  # type: ignore[valid-type]
 
 
 class CompletionRequest(Common):
@@ -90,10 +107,10 @@ class CompletionRequest(Common):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_CHOICES)]
     )
     max_tokens: Tokens | None = 16
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    echo: Literal[False] | None = False
-    suffix: Literal[""] | None = None
-    best_of: Literal[1] | None = None
+    logprobs: Annotated[Int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    echo: _only(False, None) = False  # type: ignore[valid-type]
+    suffix: _only("", None) = None  # type: ignore[valid-type]
+    best_of: _only(1, 1.0, None) = None  # type: ignore[valid-type]
 
 
 class ContentPart(Asked):
@@ -112,7 +129,7 @@ class ChatRequest(Common):
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[Int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
 
 
 class Usage(BaseModel):
