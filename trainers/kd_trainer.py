@@ -264,8 +264,11 @@ class KDTrainer(LatentTrainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if not step:
             raise error
-        if not folder.exists():
+        missing = not folder.exists()
+        self.accelerator.wait_for_everyone()  # or a late one would find the others' folder, without a state of its own
+        if missing:
             self._save_checkpoint(self.model, trial=None)
+        self.accelerator.wait_for_everyone()  # the first that fails ends the others, also one that is still writing
         away = isinstance(error, TeacherUnavailable)
         raise (TeacherUnavailable if away else ValueError)(
             f"{error} Training stopped after step {step}, which is kept in {folder.name}: go on with "

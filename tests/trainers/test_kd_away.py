@@ -113,6 +113,22 @@ def test_a_refusal_in_the_middle_ends_training_after_a_checkpoint_too(tmp_path):
     assert (tmp_path / "checkpoint-3" / "trainer_state.json").exists()
 
 
+def test_all_processes_write_the_last_checkpoint_before_any_of_them_ends(tmp_path):
+    """A launcher ends all with the first that fails: a large model's weights were half written, and the message said
+    that they are kept. One that came late found the folder there, and did not write its random state."""
+    trainer = trainer_of(tiny_student(), tmp_path, teacher=RemoteTeacher(away=range(3, 99)), teacher_prefetch=0)
+    folder, waits = tmp_path / "checkpoint-2", []
+
+    def wait_for_everyone():
+        waits.append(sorted(path.name for path in folder.glob("rng_state*")))
+        folder.mkdir(exist_ok=True)  # what another process does meanwhile
+
+    trainer.accelerator.wait_for_everyone = wait_for_everyone
+    with pytest.raises(TeacherUnavailable, match="kept in checkpoint-2"):
+        trainer.train()
+    assert waits[-2:] == [[], ["rng_state.pth"]]
+
+
 def test_before_the_first_step_there_is_nothing_to_keep(tmp_path):
     """A checkpoint of untrained weights would be resumed from."""
     trainer = trainer_of(tiny_student(), tmp_path, teacher=RemoteTeacher(away=range(1, 99)))
