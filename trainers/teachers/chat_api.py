@@ -146,12 +146,12 @@ class ChatWriter:
         )
         return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
-    async def _write(self, prompt: list[int]) -> WrittenText:
+    async def _write(self, prompt: list[int], max_tokens: int | None = None) -> WrittenText:
         text = self.tokenizer.decode(prompt, skip_special_tokens=True)
         body: dict[str, Any] = {
             "model": self.name,
             "messages": self.messages(text),
-            "max_tokens": self.max_tokens,
+            "max_tokens": max_tokens or self.max_tokens,
             # at 1 what the model draws from and what its logprobs say is the same thing
             "temperature": 1.0,
             "top_p": 1.0,
@@ -225,9 +225,9 @@ class ChatWriter:
         )
 
     def check(self) -> None:
-        """Have one text written."""
+        """Have one token written: tokens are paid for."""
         prompt = self.tokenizer("The", add_special_tokens=False)["input_ids"]
-        self.server.flow.ask(lambda: self._write(prompt))
+        self.server.flow.ask(lambda: self._write(prompt, 1))
 
     def close(self) -> None:
         """Close the connections."""
