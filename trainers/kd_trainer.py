@@ -222,9 +222,10 @@ class KDTrainer(LatentTrainer):
             metrics["kd"] = parts["kd"] = sums["kd"] / covered if covered else math.nan
             metrics["loss"] = math.fsum(weight * parts[name] for name, weight in self._weights.items() if weight)
             if not covered:
-                # unknown, and JSON has no word for NaN; where the best checkpoint is chosen by it, NaN is never best
-                chosen = self.args.metric_for_best_model if self.args.load_best_model_at_end else None
-                for name in {"kd", "loss"} - {(chosen or "").removeprefix("eval_")}:
+                # unknown, and JSON has no word for NaN; where checkpoints or the learning rate go by it, it must be
+                # there, and NaN is never best
+                chosen = self.args.metric_for_best_model or ""
+                for name in {"kd", "loss"} - {chosen.removeprefix("eval_")}:
                     if metrics[name] != metrics[name]:
                         metrics[name] = None
         return metrics

@@ -168,8 +168,29 @@ def test_an_evaluation_without_any_answer_has_no_distillation_figure(tmp_path):
     metrics = trainer.evaluate()
     assert metrics["eval_kd_coverage"] == 0 and metrics["eval_nll"] > 0
     assert not {"eval_kd", "eval_loss"} & set(metrics)
-    trainer.args.load_best_model_at_end, trainer.args.metric_for_best_model = True, "loss"
-    assert math.isnan(trainer.evaluate()["eval_loss"]), "never the best"
+
+
+@pytest.mark.parametrize(
+    "chooses",
+    [{"save_strategy": "best", "metric_for_best_model": "loss"}, {"lr_scheduler_type": "reduce_lr_on_plateau"}],
+)
+def test_an_evaluation_without_any_answer_is_never_the_best(tmp_path, chooses):
+    """Who chooses by the loss ended with a KeyError in the middle of a training that was to go on."""
+    trainer = trainer_of(
+        tiny_student(),
+        tmp_path,
+        teacher=RemoteTeacher(away=range(2, 99)),
+        teacher_away="continue",
+        teacher_prefetch=0,
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=2,
+        **chooses,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.state.best_model_checkpoint is None
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 2 and all(map(math.isnan, losses))
 
 
 def test_going_on_without_needs_something_else_to_learn(tmp_path):
