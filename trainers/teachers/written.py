@@ -140,7 +140,7 @@ def _read_texts(file: Path, header: dict[str, Any]) -> dict[tuple[int, ...], Wri
     texts = {}
     good = len(first.encode()) if first.endswith("\n") else 0
     for number, line in enumerate(lines[1:], 2):
-        record = _parsed(line) if line.endswith("\n") else None
+        record: Any = _parsed(line) if line.endswith("\n") else None
         try:
             asked = tuple(record.pop("asked"))
             texts[asked] = WrittenText(**record)
