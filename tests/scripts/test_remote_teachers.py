@@ -239,11 +239,38 @@ def test_check_api_of_a_vllm_server_says_its_way_in(room, capsys):
 
 
 def test_check_api_of_tgi(room, capsys):
-    """It only writes, and five alternatives are its most."""
+    """It only writes, and five alternatives are its most. Without a codec nothing was asked, and the status was 0."""
     with FakeTGI(tiny_teacher(), byte_tokenizer()) as server:
         (room / ".env").write_text(f"TEACHER_BACKEND=tgi\nTGI_URL={server.url}\n")
-        assert check_api.main(["--tokenizer", "codec"]) == 0
-    assert "mode      sample" in capsys.readouterr().out
+        assert check_api.main(["--tokenizer", "codec"]) == 0 and check_api.main([]) == 0
+        said = capsys.readouterr().out
+        assert "model     teacher 0123abcd" in said and "'max_input_tokens': 1024" in said
+        assert "mode      score: no, " in said and "mode      sample: yes" in said
+        server.drops = ("top_n_tokens",)
+        assert check_api.main([]) == 1 and "sample: no, its texts come without top_tokens" in capsys.readouterr().out
+    for address, problem in ((server.url, "gave no answer for 0.3 s"), ("", "TGI_URL is not set")):
+        (room / ".env").write_text(f"TEACHER_BACKEND=tgi\nTGI_URL={address}\n")
+        assert check_api.main(["--timeout", "0.3"]) == 1
+        assert problem in capsys.readouterr().out
+
+
+def test_check_api_does_not_take_an_empty_list_for_logprobs(room, monkeypatch, capsys):
+    """Services that do not give them answer with `{"content": null}`: a yes that training refuses."""
+    with FakeVenice(tiny_teacher(), byte_tokenizer(), KEY) as server:
+        write = server._write
+        monkeypatch.setattr(
+            server,
+            "_write",
+            lambda body: {
+                **(reply := write(body)),
+                "choices": [{**reply["choices"][0], "logprobs": {"content": None}}],
+            },
+        )
+        (room / ".env").write_text(
+            f"TEACHER_BACKEND=venice\nVENICE_BASE_URL={server.url}/api/v1\nVENICE_API_KEY={KEY}\nVENICE_MODEL=teacher\n"
+        )
+        assert check_api.main([]) == 1
+    assert "sample: no, its texts come without log-probabilities" in capsys.readouterr().out
 
 
 def test_the_server_is_started_with_what_env_says(room, monkeypatch):

@@ -172,7 +172,7 @@ class ChatWriter:
         if reply.get("model") not in (self.name, None) and not str(reply["model"]).startswith(self.name):
             raise BadReply(f"{where}: asked {self.name!r}, and {reply['model']!r} answered.")
         choice = reply["choices"][0]
-        tokens = _tokens(choice.get("logprobs"))
+        tokens = logprobs_of(choice)
         content = (choice.get("message") or {}).get("content") or ""
         if tokens is None or (content and not tokens):
             raise BadReply(
@@ -253,8 +253,12 @@ def gives_logprobs(entry: dict[str, Any]) -> bool | None:
     return None if flag is None else bool(flag)
 
 
-def _tokens(logprobs: Any) -> list[Any] | None:
-    """OpenAI: `{content: [token...]}`. Venice's schema: one token, not in a list; also seen: a plain list."""
+def logprobs_of(choice: dict[str, Any]) -> list[Any] | None:
+    """The tokens of a choice, each with its alternatives; None: there are none.
+
+    OpenAI: `{content: [token...]}`. Venice's schema: one token, not in a list; also seen: a plain list.
+    """
+    logprobs = choice.get("logprobs")
     if isinstance(logprobs, dict) and isinstance(logprobs.get("content"), list):
         return logprobs["content"]
     if isinstance(logprobs, dict) and "token" in logprobs:
