@@ -161,7 +161,8 @@ def test_what_a_server_says_is_kept_where_nothing_is_said(room, monkeypatch, cap
 
 
 def test_student_learns_from_what_venice_writes(room, capsys):
-    """`make train-student-venice`; the second run pays for nothing."""
+    """`make train-student-venice`; the second run pays for nothing, and the card does not take the text of the prompts
+    for what was learned."""
     with FakeVenice(tiny_teacher(), byte_tokenizer(), KEY) as server:
         (room / ".env").write_text(
             f"VENICE_BASE_URL={server.url}/api/v1\nVENICE_API_KEY={KEY}\nVENICE_MODEL=teacher  # any\n"
@@ -172,7 +173,14 @@ def test_student_learns_from_what_venice_writes(room, capsys):
         assert asked > 10 and metrics["eval_kd"] > 0
         train(flags)
         again = len([path for _, path, *_ in server.requests if path.endswith("completions")])
-        assert again == asked + 1, "one text to check that it answers"
+        assert again == asked + 1, "one token to check that it answers"
+        with pytest.raises(ValueError, match="judged on texts of its own.*drop --eval_data"):
+            train(f"{flags} --eval_data text.jsonl")
+        train(f"{flags} --kd_weight 0")
+    card = (room / "out" / "README.md").read_text()
+    words = "what a model that is not on the Hub (teacher) wrote after beginnings of text that is not on the Hub"
+    assert words in card, "the student never saw the rest of that text"
+    assert "license: unknown" in card, "ours, where only the words of the teacher were learned"
     output = capsys.readouterr()
     assert (room / "out" / "teacher_texts.jsonl").exists()
     for text in (everything_written(room), output.out, output.err):
