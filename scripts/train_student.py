@@ -305,6 +305,11 @@ def load_teacher(student_args: StudentArguments, training_args, block_size: int,
             f"kd_temperature is {training_args.kd_temperature}, and only a teacher with full distributions (backend "
             "hf, without kd_top_k and kd_cache) can be brought to another temperature than 1: set it to 1."
         )
+    if backend != "hf" and student_args.kd_num_draws:
+        raise ValueError(
+            f"kd_num_draws is {student_args.kd_num_draws}, and teacher_backend {backend} gives the most likely ids "
+            "alone, with nothing to draw from: drop kd_num_draws."
+        )
     if aligned:
         if backend != "hf":
             raise ValueError(f"kd_alignment bytes needs a teacher at hand, and teacher_backend is {backend}: use hf.")

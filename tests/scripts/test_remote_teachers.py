@@ -195,6 +195,15 @@ def test_mode_that_the_backend_cannot_do_ends_the_script_at_once(room):
     assert not (room / "cache").exists()
 
 
+def test_draws_from_a_server_are_refused_before_it_is_asked(room, monkeypatch):
+    """It gives the most likely ids alone; the flag was dropped without a word."""
+    monkeypatch.setenv("VLLM_REMOTE_URL", "http://127.0.0.1:9/v1")
+    with pytest.raises(
+        ValueError, match="kd_num_draws is 2, and teacher_backend vllm-remote gives.*drop kd_num_draws"
+    ):
+        train("--teacher_backend vllm-remote --kd_top_k 4 --kd_num_draws 2")
+
+
 def test_check_api_says_models_limits_and_modes(room, capsys):
     """What one wants to know before an hour of training."""
     with FakeVenice(tiny_teacher(), byte_tokenizer(), KEY) as server:
