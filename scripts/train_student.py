@@ -262,6 +262,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         owner.close_after_training = False  # the evaluation below asks it too
     try:
         trainer.train(resume_from_checkpoint=training_args.checkpoint())
+        if not student_args.lora_r:
+            # before the teacher is asked again: one that is away now must not cost the weights. Not pushed as yet
+            trainer.save_model(_internal_call=True)
         metrics = trainer.evaluate()
         if student_args.kd_cache is not None and teacher is not None:
             print(f"KD store {student_args.kd_cache}: {teacher.statistics.describe()}")

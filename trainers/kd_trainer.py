@@ -204,8 +204,10 @@ class KDTrainer(LatentTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         try:
             return super().evaluate(*args, **kwargs)
-        except TeacherUnavailable as error:
-            if self.is_in_train and self.args.world_size == 1:
+        except (TeacherUnavailable, ValueError) as error:
+            owner = self.teacher_callback
+            # after the training too: its steps are worth as much then
+            if owner is not None and owner.teacher.capabilities.remote and self.args.world_size == 1:
                 self._stop_after_checkpoint(error)
             raise
 

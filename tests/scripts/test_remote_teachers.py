@@ -160,6 +160,20 @@ def test_what_a_server_says_is_kept_where_nothing_is_said(room, monkeypatch, cap
     assert metrics["eval_kd"] == first["eval_kd"]
 
 
+def test_a_teacher_that_leaves_before_the_last_evaluation_costs_no_weights(room, monkeypatch):
+    """It is asked once more when all is learned, and of several processes none can save for the others then."""
+    from trainers import KDTrainer
+
+    def evaluate(trainer):
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(KDTrainer, "evaluate", evaluate)
+    with FakeVLLM(tiny_teacher(), byte_tokenizer()) as server, pytest.raises(ConnectionError):
+        monkeypatch.setenv("VLLM_REMOTE_URL", server.url)
+        train("--teacher_backend vllm-remote")
+    AutoModelForCausalLM.from_pretrained("out")
+
+
 def test_student_learns_from_what_venice_writes(room, capsys):
     """`make train-student-venice`; the second run pays for nothing, and the card does not take the text of the prompts
     for what was learned."""

@@ -129,6 +129,24 @@ def test_all_processes_write_the_last_checkpoint_before_any_of_them_ends(tmp_pat
     assert waits[-2:] == [[], ["rng_state.pth"]]
 
 
+@pytest.mark.parametrize("error", [TeacherUnavailable("no answer"), ValueError("answers 401")])
+def test_an_evaluation_that_the_teacher_leaves_costs_no_step(tmp_path, error):
+    """After the training, or on a refusal, nothing was kept: an evaluation cost all that was learned."""
+
+    class Leaves(RemoteTeacher):
+        def signal(self, input_ids, attention_mask=None):
+            if self.asked >= 2:
+                raise error
+            return super().signal(input_ids, attention_mask)
+
+    trainer = trainer_of(tiny_student(), tmp_path, teacher=Leaves(), max_steps=2, teacher_prefetch=0)
+    trainer.teacher_callback.close_after_training = False
+    trainer.train()
+    with pytest.raises(type(error), match="stopped after step 2, which is kept in checkpoint-2"):
+        trainer.evaluate()
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
+
+
 def test_before_the_first_step_there_is_nothing_to_keep(tmp_path):
     """A checkpoint of untrained weights would be resumed from."""
     trainer = trainer_of(tiny_student(), tmp_path, teacher=RemoteTeacher(away=range(1, 99)))
