@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         mode = "score" if able.startswith("scores") else "sample"
         if backend in ("vllm-remote", "venice", "openai"):
             show_endpoint(backend, mode, environment, arguments.timeout, arguments.teacher)
+        elif backend == "tgi":
+            show_tgi(environment, arguments.timeout)
         else:
             print(f"mode      {mode}: it {able}")
         if arguments.tokenizer is not None:
@@ -104,13 +106,62 @@ def show_endpoint(
             except RequestRefused as error:
                 print(f"limits    unknown: {error.said}")
         name = wanted or next(iter(models))
-        found = {"score": try_scoring(server, name), "sample": try_writing(server, name, backend == "venice")}
-        for one, problem in found.items():
-            print(f"mode      {one}: {'yes' if problem is None else f'no, {problem}'}")
-        if found[mode] is not None:
-            raise ValueError(f"The backend {backend} needs {mode}, and {server.url} cannot: {found[mode]}")
+        show_modes(
+            {"score": try_scoring(server, name), "sample": try_writing(server, name, backend == "venice")},
+            mode,
+            f"The backend {backend} needs {mode}, and {server.url}",
+        )
     finally:
         server.close()
+
+
+def show_tgi(environment: dict[str, str], timeout: float) -> None:
+    """The model of a text-generation-inference server, its limits, and that its texts come with alternatives.
+
+    Raises:
+        ValueError: training with it would be refused.
+    """
+    from trainers.teachers import FlowConfig, Secret
+    from trainers.teachers.http_server import HTTPServer
+
+    if not environment.get("TGI_URL"):
+        raise ValueError("TGI_URL is not set: put it into .env or the environment.")
+    key = Secret(environment.get("TGI_API_KEY"), "TGI_API_KEY")
+    server = HTTPServer(environment["TGI_URL"], "TGI_URL", key, FlowConfig(patience=timeout, deadline=timeout))
+    print(f"address   {server.url}; key {'set' if key else 'not set'} ({key.name})")
+    try:
+        info = server.ask("GET", "/info")
+        if not isinstance(info, dict) or "model_id" not in info:
+            raise ValueError(f"{server.url}: /info names no model: this is no text-generation-inference server.")
+        print(f"model     {info['model_id']} {info.get('model_sha') or ''}".rstrip())
+        limits = {name: info[name] for name in sorted(info) if name.startswith("max_")}
+        print(f"limits    {limits}")
+        parameters = {"max_new_tokens": 1, "details": True, "decoder_input_details": True, "top_n_tokens": 1}
+        reply = server.ask("POST", "/generate", {"inputs": "The", "parameters": parameters})
+        details = reply.get("details") if isinstance(reply, dict) else None
+        lacks = [name for name in ("prefill", "top_tokens") if not (details or {}).get(name)]
+        show_modes(
+            {
+                "score": "of given text it tells each token's own probability alone",
+                "sample": f"its texts come without {' and '.join(lacks)}" if lacks else None,
+            },
+            "sample",
+            f"The backend tgi needs sample, and {server.url}",
+        )
+    finally:
+        server.close()
+
+
+def show_modes(found: dict[str, str | None], needed: str, who: str) -> None:
+    """Of each mode why it does not work; None: it does.
+
+    Raises:
+        ValueError: the one that is needed does not.
+    """
+    for mode, problem in found.items():
+        print(f"mode      {mode}: {'yes' if problem is None else f'no, {problem}'}")
+    if found[needed] is not None:
+        raise ValueError(f"{who} cannot: {found[needed]}")
 
 
 def try_scoring(server: Any, model: str) -> str | None:
@@ -138,6 +189,8 @@ def try_scoring(server: Any, model: str) -> str | None:
 
 def try_writing(server: Any, model: str, venice: bool) -> str | None:
     """Whether what it writes comes with log-probabilities; None: it does, else what came instead."""
+    from trainers.teachers.chat_api import logprobs_of
+
     body: dict[str, Any] = {
         "model": model,
         "messages": [{"role": "user", "content": "The"}],
@@ -150,8 +203,12 @@ def try_writing(server: Any, model: str, venice: bool) -> str | None:
         body["venice_parameters"] = {"include_venice_system_prompt": False}
     try:
         reply = server.ask("POST", "/v1/chat/completions", body)
-        return None if reply["choices"][0]["logprobs"] else "its texts come without log-probabilities"
-    except (KeyError, IndexError, TypeError):
+        choice = reply["choices"][0]
+        # a text that ended at once has none
+        if logprobs_of(choice) or logprobs_of(choice) is not None and not choice["message"].get("content"):
+            return None
+        return "its texts come without log-probabilities"
+    except (KeyError, IndexError, TypeError, AttributeError):
         return "its texts come without log-probabilities"
     except (ValueError, ConnectionError) as error:
         return str(error)

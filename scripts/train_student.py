@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     from trainers import DataArguments, KDConfig, KDTrainer, PatchCollator, load_blocks, parse_arguments
     from trainers.command_line import check_writable, model_path
-    from trainers.model_card import describe_data
+    from trainers.model_card import describe_data, license_of, public_name
 
     student_args, data_args, training_args = parse_arguments(
         StudentArguments, DataArguments, KDConfig, argv=argv, description=__doc__
@@ -236,7 +236,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         teacher = None
 
     train_dataset, eval_dataset = load_blocks(data_args, tokenizer, codec.config.patch_size, training_args.data_seed)
+    told = describe_data(data_args)  # to the card's readers
     if writes:
+        told["dataset"] = f"what {public_name(teacher.name)} wrote after beginnings of {told['dataset']}"
+        told["license"] = license_of(teacher.name) or "unknown"  # its words are in the weights, with kd_weight 0 too
         path = student_args.teacher_texts or os.path.join(training_args.output_dir, "teacher_texts.jsonl")
         teacher, train_dataset, eval_dataset = have_text_written(
             teacher, tokenizer, train_dataset, data_args, student_args.teacher_prompt_tokens, path
@@ -259,6 +262,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         owner.close_after_training = False  # the evaluation below asks it too
     try:
         trainer.train(resume_from_checkpoint=training_args.checkpoint())
+        if not student_args.lora_r:
+            # before the teacher is asked again: one that is away now must not cost the weights. Not pushed as yet
+            trainer.save_model(_internal_call=True)
         metrics = trainer.evaluate()
         if student_args.kd_cache is not None and teacher is not None:
             print(f"KD store {student_args.kd_cache}: {teacher.statistics.describe()}")
@@ -271,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
     base = student_args.teacher if student_args.init_from_teacher else None
-    trainer.create_model_card(finetuned_from=base, **describe_data(data_args))
+    trainer.create_model_card(finetuned_from=base, **told)
     if trainer.is_world_process_zero():
         print("held-out:", {name: round(value, 6) for name, value in metrics.items() if name.startswith("eval_")})
     trainer.end()
@@ -301,6 +307,11 @@ def load_teacher(student_args: StudentArguments, training_args, block_size: int,
         raise ValueError(
             f"kd_temperature is {training_args.kd_temperature}, and only a teacher with full distributions (backend "
             "hf, without kd_top_k and kd_cache) can be brought to another temperature than 1: set it to 1."
+        )
+    if backend != "hf" and student_args.kd_num_draws:
+        raise ValueError(
+            f"kd_num_draws is {student_args.kd_num_draws}, and teacher_backend {backend} gives the most likely ids "
+            "alone, with nothing to draw from: drop kd_num_draws."
         )
     if aligned:
         if backend != "hf":
@@ -390,6 +401,11 @@ def have_text_written(writer, tokenizer, blocks, data_args, prompt_tokens: int, 
 
     if data_args.streaming:
         raise ValueError("A teacher that writes needs to know its prompts: drop --streaming.")
+    if data_args.eval_data is not None or data_args.eval_split is not None:
+        raise ValueError(
+            "A teacher that writes knows nothing of other text, and its student is judged on texts of its own that "
+            "are held out: drop --eval_data and --eval_split. evaluate_model.py judges on any text."
+        )
     prompts = []
     for row in blocks:
         ids = row["input_ids"][row["attention_mask"] != 0][:prompt_tokens].tolist()

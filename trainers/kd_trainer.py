@@ -204,8 +204,10 @@ class KDTrainer(LatentTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         try:
             return super().evaluate(*args, **kwargs)
-        except TeacherUnavailable as error:
-            if self.is_in_train and self.args.world_size == 1:
+        except (TeacherUnavailable, ValueError) as error:
+            owner = self.teacher_callback
+            # after the training too: its steps are worth as much then
+            if owner is not None and owner.teacher.capabilities.remote and self.args.world_size == 1:
                 self._stop_after_checkpoint(error)
             raise
 
@@ -222,9 +224,10 @@ class KDTrainer(LatentTrainer):
             metrics["kd"] = parts["kd"] = sums["kd"] / covered if covered else math.nan
             metrics["loss"] = math.fsum(weight * parts[name] for name, weight in self._weights.items() if weight)
             if not covered:
-                # unknown, and JSON has no word for NaN; where the best checkpoint is chosen by it, NaN is never best
-                chosen = self.args.metric_for_best_model if self.args.load_best_model_at_end else None
-                for name in {"kd", "loss"} - {(chosen or "").removeprefix("eval_")}:
+                # unknown, and JSON has no word for NaN; where checkpoints or the learning rate go by it, it must be
+                # there, and NaN is never best
+                chosen = self.args.metric_for_best_model or ""
+                for name in {"kd", "loss"} - {chosen.removeprefix("eval_")}:
                     if metrics[name] != metrics[name]:
                         metrics[name] = None
         return metrics
@@ -264,8 +267,11 @@ class KDTrainer(LatentTrainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if not step:
             raise error
-        if not folder.exists():
+        missing = not folder.exists()
+        self.accelerator.wait_for_everyone()  # or a late one would find the others' folder, without a state of its own
+        if missing:
             self._save_checkpoint(self.model, trial=None)
+        self.accelerator.wait_for_everyone()  # the first that fails ends the others, also one that is still writing
         away = isinstance(error, TeacherUnavailable)
         raise (TeacherUnavailable if away else ValueError)(
             f"{error} Training stopped after step {step}, which is kept in {folder.name}: go on with "

@@ -160,8 +160,23 @@ def test_what_a_server_says_is_kept_where_nothing_is_said(room, monkeypatch, cap
     assert metrics["eval_kd"] == first["eval_kd"]
 
 
+def test_a_teacher_that_leaves_before_the_last_evaluation_costs_no_weights(room, monkeypatch):
+    """It is asked once more when all is learned, and of several processes none can save for the others then."""
+    from trainers import KDTrainer
+
+    def evaluate(trainer):
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(KDTrainer, "evaluate", evaluate)
+    with FakeVLLM(tiny_teacher(), byte_tokenizer()) as server, pytest.raises(ConnectionError):
+        monkeypatch.setenv("VLLM_REMOTE_URL", server.url)
+        train("--teacher_backend vllm-remote")
+    AutoModelForCausalLM.from_pretrained("out")
+
+
 def test_student_learns_from_what_venice_writes(room, capsys):
-    """`make train-student-venice`; the second run pays for nothing."""
+    """`make train-student-venice`; the second run pays for nothing, and the card does not take the text of the prompts
+    for what was learned."""
     with FakeVenice(tiny_teacher(), byte_tokenizer(), KEY) as server:
         (room / ".env").write_text(
             f"VENICE_BASE_URL={server.url}/api/v1\nVENICE_API_KEY={KEY}\nVENICE_MODEL=teacher  # any\n"
@@ -172,7 +187,14 @@ def test_student_learns_from_what_venice_writes(room, capsys):
         assert asked > 10 and metrics["eval_kd"] > 0
         train(flags)
         again = len([path for _, path, *_ in server.requests if path.endswith("completions")])
-        assert again == asked + 1, "one text to check that it answers"
+        assert again == asked + 1, "one token to check that it answers"
+        with pytest.raises(ValueError, match="judged on texts of its own.*drop --eval_data"):
+            train(f"{flags} --eval_data text.jsonl")
+        train(f"{flags} --kd_weight 0")
+    card = (room / "out" / "README.md").read_text()
+    words = "what a model that is not on the Hub (teacher) wrote after beginnings of text that is not on the Hub"
+    assert words in card, "the student never saw the rest of that text"
+    assert "license: unknown" in card, "ours, where only the words of the teacher were learned"
     output = capsys.readouterr()
     assert (room / "out" / "teacher_texts.jsonl").exists()
     for text in (everything_written(room), output.out, output.err):
@@ -185,6 +207,15 @@ def test_mode_that_the_backend_cannot_do_ends_the_script_at_once(room):
     with pytest.raises(ValueError, match="'venice' cannot score"):
         train("--teacher_backend venice --teacher_mode score")
     assert not (room / "cache").exists()
+
+
+def test_draws_from_a_server_are_refused_before_it_is_asked(room, monkeypatch):
+    """It gives the most likely ids alone; the flag was dropped without a word."""
+    monkeypatch.setenv("VLLM_REMOTE_URL", "http://127.0.0.1:9/v1")
+    with pytest.raises(
+        ValueError, match="kd_num_draws is 2, and teacher_backend vllm-remote gives.*drop kd_num_draws"
+    ):
+        train("--teacher_backend vllm-remote --kd_top_k 4 --kd_num_draws 2")
 
 
 def test_check_api_says_models_limits_and_modes(room, capsys):
@@ -239,11 +270,38 @@ def test_check_api_of_a_vllm_server_says_its_way_in(room, capsys):
 
 
 def test_check_api_of_tgi(room, capsys):
-    """It only writes, and five alternatives are its most."""
+    """It only writes, and five alternatives are its most. Without a codec nothing was asked, and the status was 0."""
     with FakeTGI(tiny_teacher(), byte_tokenizer()) as server:
         (room / ".env").write_text(f"TEACHER_BACKEND=tgi\nTGI_URL={server.url}\n")
-        assert check_api.main(["--tokenizer", "codec"]) == 0
-    assert "mode      sample" in capsys.readouterr().out
+        assert check_api.main(["--tokenizer", "codec"]) == 0 and check_api.main([]) == 0
+        said = capsys.readouterr().out
+        assert "model     teacher 0123abcd" in said and "'max_input_tokens': 1024" in said
+        assert "mode      score: no, " in said and "mode      sample: yes" in said
+        server.drops = ("top_n_tokens",)
+        assert check_api.main([]) == 1 and "sample: no, its texts come without top_tokens" in capsys.readouterr().out
+    for address, problem in ((server.url, "gave no answer for 0.3 s"), ("", "TGI_URL is not set")):
+        (room / ".env").write_text(f"TEACHER_BACKEND=tgi\nTGI_URL={address}\n")
+        assert check_api.main(["--timeout", "0.3"]) == 1
+        assert problem in capsys.readouterr().out
+
+
+def test_check_api_does_not_take_an_empty_list_for_logprobs(room, monkeypatch, capsys):
+    """Services that do not give them answer with `{"content": null}`: a yes that training refuses."""
+    with FakeVenice(tiny_teacher(), byte_tokenizer(), KEY) as server:
+        write = server._write
+        monkeypatch.setattr(
+            server,
+            "_write",
+            lambda body: {
+                **(reply := write(body)),
+                "choices": [{**reply["choices"][0], "logprobs": {"content": None}}],
+            },
+        )
+        (room / ".env").write_text(
+            f"TEACHER_BACKEND=venice\nVENICE_BASE_URL={server.url}/api/v1\nVENICE_API_KEY={KEY}\nVENICE_MODEL=teacher\n"
+        )
+        assert check_api.main([]) == 1
+    assert "sample: no, its texts come without log-probabilities" in capsys.readouterr().out
 
 
 def test_the_server_is_started_with_what_env_says(room, monkeypatch):

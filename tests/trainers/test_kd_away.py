@@ -113,6 +113,40 @@ def test_a_refusal_in_the_middle_ends_training_after_a_checkpoint_too(tmp_path):
     assert (tmp_path / "checkpoint-3" / "trainer_state.json").exists()
 
 
+def test_all_processes_write_the_last_checkpoint_before_any_of_them_ends(tmp_path):
+    """A launcher ends all with the first that fails: a large model's weights were half written, and the message said
+    that they are kept. One that came late found the folder there, and did not write its random state."""
+    trainer = trainer_of(tiny_student(), tmp_path, teacher=RemoteTeacher(away=range(3, 99)), teacher_prefetch=0)
+    folder, waits = tmp_path / "checkpoint-2", []
+
+    def wait_for_everyone():
+        waits.append(sorted(path.name for path in folder.glob("rng_state*")))
+        folder.mkdir(exist_ok=True)  # what another process does meanwhile
+
+    trainer.accelerator.wait_for_everyone = wait_for_everyone
+    with pytest.raises(TeacherUnavailable, match="kept in checkpoint-2"):
+        trainer.train()
+    assert waits[-2:] == [[], ["rng_state.pth"]]
+
+
+@pytest.mark.parametrize("error", [TeacherUnavailable("no answer"), ValueError("answers 401")])
+def test_an_evaluation_that_the_teacher_leaves_costs_no_step(tmp_path, error):
+    """After the training, or on a refusal, nothing was kept: an evaluation cost all that was learned."""
+
+    class Leaves(RemoteTeacher):
+        def signal(self, input_ids, attention_mask=None):
+            if self.asked >= 2:
+                raise error
+            return super().signal(input_ids, attention_mask)
+
+    trainer = trainer_of(tiny_student(), tmp_path, teacher=Leaves(), max_steps=2, teacher_prefetch=0)
+    trainer.teacher_callback.close_after_training = False
+    trainer.train()
+    with pytest.raises(type(error), match="stopped after step 2, which is kept in checkpoint-2"):
+        trainer.evaluate()
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
+
+
 def test_before_the_first_step_there_is_nothing_to_keep(tmp_path):
     """A checkpoint of untrained weights would be resumed from."""
     trainer = trainer_of(tiny_student(), tmp_path, teacher=RemoteTeacher(away=range(1, 99)))
@@ -152,8 +186,29 @@ def test_an_evaluation_without_any_answer_has_no_distillation_figure(tmp_path):
     metrics = trainer.evaluate()
     assert metrics["eval_kd_coverage"] == 0 and metrics["eval_nll"] > 0
     assert not {"eval_kd", "eval_loss"} & set(metrics)
-    trainer.args.load_best_model_at_end, trainer.args.metric_for_best_model = True, "loss"
-    assert math.isnan(trainer.evaluate()["eval_loss"]), "never the best"
+
+
+@pytest.mark.parametrize(
+    "chooses",
+    [{"save_strategy": "best", "metric_for_best_model": "loss"}, {"lr_scheduler_type": "reduce_lr_on_plateau"}],
+)
+def test_an_evaluation_without_any_answer_is_never_the_best(tmp_path, chooses):
+    """Who chooses by the loss ended with a KeyError in the middle of a training that was to go on."""
+    trainer = trainer_of(
+        tiny_student(),
+        tmp_path,
+        teacher=RemoteTeacher(away=range(2, 99)),
+        teacher_away="continue",
+        teacher_prefetch=0,
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=2,
+        **chooses,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.state.best_model_checkpoint is None
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 2 and all(map(math.isnan, losses))
 
 
 def test_going_on_without_needs_something_else_to_learn(tmp_path):

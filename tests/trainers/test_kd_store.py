@@ -739,6 +739,16 @@ def test_a_teacher_that_is_away_at_the_start_joins_later(tmp_path, caplog):
     assert closed and other.rows == 0 and "has come and is left out: The teachers of a pool must be one" in caplog.text
 
 
+def test_a_late_teacher_joins_while_another_is_lost():
+    """Where the first server had died, none that came later was let in, and the whole work hung on the others."""
+    lost, steady, late = FlakyTeacher(1, 999), FlakyTeacher(99, 99), FlakyTeacher(99, 99)
+    with TeacherPool([lost, steady], [lambda: late], retry_after=0.01) as pool:
+        end = time.monotonic() + 5
+        while late not in pool.teachers and time.monotonic() < end:
+            time.sleep(0.01)
+        assert pool.teachers == [lost, steady, late]
+
+
 def test_a_text_in_two_shards_is_asked_about_once(tmp_path):
     """Boilerplate stands in many shards, and would be paid for in each, after a restart too."""
     rows = ragged_rows(4)

@@ -57,6 +57,14 @@ def test_a_secret_shows_itself_nowhere():
             keep(secret)
 
 
+@pytest.mark.parametrize("key", ["sk-0123\n456789", "sk-0123\u2026456789"])
+def test_a_key_that_cannot_be_sent_is_refused_without_showing_it(key):
+    """Copied with a line break, it was the server that gave no answer, for ten minutes; and debug logs held it."""
+    with pytest.raises(ValueError, match="VENICE_API_KEY holds a line break") as caught:
+        Secret(key, "VENICE_API_KEY")
+    assert "456789" not in str(caught.value)
+
+
 def test_an_address_with_a_key_inside_is_refused_without_showing_it():
     """Addresses are printed and logged."""
     for url in (f"http://user:{KEY}@host/v1", f"http://host/v1?key={KEY}"):

@@ -132,6 +132,17 @@ def test_check_finds_a_broken_teacher():
         HFTeacher(model).check()
 
 
+def test_rows_longer_than_the_teachers_positions_are_refused():
+    """With rotary positions it answers all the same, and the student learns what an untrained place says."""
+    teacher = HFTeacher(tiny_teacher(max_position_embeddings=8), byte_tokenizer())
+    ids = torch.randint(VOCAB, (2, 9))
+    with pytest.raises(ValueError, match="as 9 tokens and knows 8 positions: lower `block_size`"):
+        teacher.signal(ids)
+    mask = torch.ones_like(ids)
+    mask[:, 0] = 0
+    teacher.signal(ids, mask)
+
+
 def test_closed_teacher_says_so():
     """'NoneType has no attribute' points at us, not at the life of the teacher."""
     teacher = HFTeacher(tiny_teacher())

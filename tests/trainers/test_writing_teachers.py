@@ -1,6 +1,8 @@
 """Sample mode: Venice and TGI as doubles after their published schemas, and what becomes of their texts."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from time import sleep
 
 import pytest
 import torch
@@ -218,6 +220,72 @@ def texts() -> list[WrittenText]:
 
 class Named:
     name, k, vocab_size, num_tokens = "teacher", 2, VOCAB, VOCAB
+
+
+class Scribe(Named):
+    """Writes slowly, and never the same twice."""
+
+    written = 0
+
+    def describe(self):
+        return {"model": self.name}
+
+    def write(self, prompts):
+        for prompt in prompts:
+            sleep(0.02)
+            self.written += 1
+            yield WrittenText(list(prompt), [self.written], [[1, 2]], [[-0.5, -1.5]], False)
+
+
+def test_processes_of_one_training_share_one_collection(tmp_path):
+    """Each asked for all texts: paid once per process, trained on different ones, and kept in a file of two heads."""
+    scribe, prompts = Scribe(), [[1], [2], [3]]
+    with ThreadPoolExecutor(2) as processes:
+        runs = [processes.submit(collect_texts, scribe, prompts, tmp_path / "texts.jsonl") for _ in range(2)]
+    assert scribe.written == 3 and runs[0].result() == runs[1].result()
+    assert collect_texts(scribe, prompts, tmp_path / "texts.jsonl") == runs[0].result() and scribe.written == 3
+
+
+@pytest.mark.parametrize(
+    "content", ["Dear diary", '{"text": "a corpus"}\n', '{"text": "a corpus"}\n{"text": "of two"}\n']
+)
+def test_a_file_of_something_else_is_left_as_it_is(tmp_path, content):
+    """A mistyped name of one line was cut to nothing, as if it were a text half written."""
+    (tmp_path / "notes").write_text(content)
+    with pytest.raises(ValueError, match="notes holds no texts of a teacher: name another file"):
+        collect_texts(Scribe(), [[1]], tmp_path / "notes")
+    assert (tmp_path / "notes").read_text() == content
+
+
+@pytest.mark.parametrize("damage", [b'{"asked": [7], "ids": [1]}', b'{"written_by": {}}', b"null", b"\xff\0\0"])
+def test_a_damaged_text_is_named_by_its_line(tmp_path, damage):
+    """A traceback, or a codec's complaint, names neither the file nor what to do; the other texts are paid for."""
+    file, prompts = tmp_path / "texts.jsonl", [[1], [2], [3]]
+    kept = collect_texts(Scribe(), prompts, file)
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:2], damage + b"\n", *lines[3:]]))
+    with pytest.raises(ValueError, match="texts.jsonl, line 3 is no text of a teacher: take the line out"):
+        collect_texts(Scribe(), prompts, file)
+    file.write_bytes(b"".join([*lines[:2], *lines[3:]]))
+    scribe = Scribe()
+    again = collect_texts(scribe, prompts, file)
+    assert scribe.written == 1 and (again[0], again[2]) == (kept[0], kept[2])
+
+
+def test_a_file_that_holds_half_a_head_begins_anew(tmp_path):
+    """Killed in its first moment, a collection has kept nothing."""
+    whole, file = collect_texts(Scribe(), [[1]], tmp_path / "whole.jsonl"), tmp_path / "half.jsonl"
+    file.write_text('{"written_by": {"mod')
+    assert collect_texts(Scribe(), [[1]], file) == whole
+    assert file.read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_the_check_of_a_chat_api_costs_one_token(venice, tokenizer):
+    """It came in every run and every process, as long as a text, and was thrown away."""
+    writer = writer_of(venice, tokenizer)
+    writer.check()
+    assert venice.requests[-1][2]["max_tokens"] == 1
+    writer.close()
 
 
 def test_rows_learn_the_teachers_words_alone():

@@ -146,12 +146,12 @@ class ChatWriter:
         )
         return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
-    async def _write(self, prompt: list[int]) -> WrittenText:
+    async def _write(self, prompt: list[int], max_tokens: int | None = None) -> WrittenText:
         text = self.tokenizer.decode(prompt, skip_special_tokens=True)
         body: dict[str, Any] = {
             "model": self.name,
             "messages": self.messages(text),
-            "max_tokens": self.max_tokens,
+            "max_tokens": max_tokens or self.max_tokens,
             # at 1 what the model draws from and what its logprobs say is the same thing
             "temperature": 1.0,
             "top_p": 1.0,
@@ -172,7 +172,7 @@ class ChatWriter:
         if reply.get("model") not in (self.name, None) and not str(reply["model"]).startswith(self.name):
             raise BadReply(f"{where}: asked {self.name!r}, and {reply['model']!r} answered.")
         choice = reply["choices"][0]
-        tokens = _tokens(choice.get("logprobs"))
+        tokens = logprobs_of(choice)
         content = (choice.get("message") or {}).get("content") or ""
         if tokens is None or (content and not tokens):
             raise BadReply(
@@ -225,9 +225,9 @@ class ChatWriter:
         )
 
     def check(self) -> None:
-        """Have one text written."""
+        """Have one token written: tokens are paid for."""
         prompt = self.tokenizer("The", add_special_tokens=False)["input_ids"]
-        self.server.flow.ask(lambda: self._write(prompt))
+        self.server.flow.ask(lambda: self._write(prompt, 1))
 
     def close(self) -> None:
         """Close the connections."""
@@ -253,8 +253,12 @@ def gives_logprobs(entry: dict[str, Any]) -> bool | None:
     return None if flag is None else bool(flag)
 
 
-def _tokens(logprobs: Any) -> list[Any] | None:
-    """OpenAI: `{content: [token...]}`. Venice's schema: one token, not in a list; also seen: a plain list."""
+def logprobs_of(choice: dict[str, Any]) -> list[Any] | None:
+    """The tokens of a choice, each with its alternatives; None: there are none.
+
+    OpenAI: `{content: [token...]}`. Venice's schema: one token, not in a list; also seen: a plain list.
+    """
+    logprobs = choice.get("logprobs")
     if isinstance(logprobs, dict) and isinstance(logprobs.get("content"), list):
         return logprobs["content"]
     if isinstance(logprobs, dict) and "token" in logprobs:

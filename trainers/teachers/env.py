@@ -17,6 +17,9 @@ class Secret:
     Args:
         value: the key; empty: there is none.
         name: of the variable that holds it, for messages.
+
+    Raises:
+        ValueError: no server can be sent such a key; the message does not hold it.
     """
 
     __slots__ = ("_value", "name")
@@ -24,6 +27,11 @@ class Secret:
     def __init__(self, value: str | None, name: str):
         self._value = (value or "").strip()
         self.name = name
+        # else the client fails at each attempt as if the server were away, and logs the header with the key in it
+        if not (self._value.isascii() and self._value.isprintable()):
+            raise ValueError(
+                f"{name} holds a line break, or a character that no key is made of: copy it again, in one piece."
+            )
 
     def reveal(self) -> str:
         return self._value

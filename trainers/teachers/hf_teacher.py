@@ -88,7 +88,11 @@ class HFTeacher:
     @torch.no_grad()
     def signal(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> DenseSignal:
         """`(B, T)` ids and mask -> [`DenseSignal`]. Masked tokens are invisible: the teacher answers as if they were
-        not there."""
+        not there.
+
+        Raises:
+            ValueError: rows longer than the model knows positions for.
+        """
         model = self._alive()
         if self._lazy is None:
             self._lazy = self._hidden_states_suffice()
@@ -105,6 +109,13 @@ class HFTeacher:
             known["positions"] = speaking_positions(attention_mask)
             if self._takes_positions:
                 inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        tokens = int(inputs["position_ids"].max()) + 1 if "position_ids" in inputs else input_ids.shape[1]
+        if longest is not None and tokens > longest:
+            raise ValueError(
+                f"The teacher {self.name} reads the text as {tokens} tokens and knows {longest} positions: lower "
+                "`block_size`."
+            )
         values = self._hidden_states(**inputs) if self._lazy else model(**inputs, use_cache=False).logits
         if attention_mask is not None:
             # a row that may attend to nothing is NaN with some attention kernels, and NaN times a zero weight is NaN
@@ -121,12 +132,6 @@ class HFTeacher:
         Raises:
             ValueError: rows longer than the model knows positions for.
         """
-        longest = getattr(self._alive().config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and input_ids.shape[1] > longest:
-            raise ValueError(
-                f"The teacher {self.name} reads the text as {input_ids.shape[1]} tokens and knows {longest} "
-                "positions: lower `block_size`."
-            )
         signal = self.signal(input_ids, attention_mask)
         device = signal.hidden_states.device
         targets = nn.functional.pad(input_ids.to(device)[:, 1:], (0, 1)).flatten()

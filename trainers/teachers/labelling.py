@@ -40,7 +40,7 @@ class TeacherPool:
     Args:
         teachers: whose answers are the same; a local one is used by one thread only, see [`calls_at_once`].
         late: for each teacher that is away as yet, what builds it: raises ConnectionError while it stays away. It is
-            compared with the first of `teachers` and joins; one that differs, or cannot do what is asked, is left out
+            compared with one of `teachers` and joins; one that differs, or cannot do what is asked, is left out
             for good.
         retry_after: seconds until a lost teacher is tried again; doubled each time, up to a minute.
         patience: seconds that all may be lost at once.
@@ -89,8 +89,7 @@ class TeacherPool:
             teacher = None
             try:
                 teacher = build()
-                common_teacher([self.teachers[0], teacher])
-                check_equal_answers([self.teachers[0], teacher])
+                self._check_equal(teacher)
             except Exception as error:
                 if teacher is not None:
                     teacher.close()
@@ -107,6 +106,17 @@ class TeacherPool:
                     self._run.add(teacher)
             logger.warning("%r, which was away, takes part from now on.", teacher)
             return
+
+    def _check_equal(self, late: Teacher) -> None:
+        common_teacher([self.teachers[0], late])
+        away: ConnectionError | None = None
+        for teacher in list(self.teachers):  # whichever answers: the first may be lost meanwhile
+            try:
+                return check_equal_answers([teacher, late])
+            except ConnectionError as error:
+                away = error
+        if away is not None:
+            raise away
 
     def map(self, ask: Callable[[Teacher, Job], Answer], jobs: Iterable[Job]) -> Iterator[Answer]:
         """`ask(teacher, job)` for every job, in order; few are under way at a time.

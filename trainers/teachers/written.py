@@ -13,10 +13,16 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 import torch
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from .base import SparseSignal, TeacherCapabilities
 from .scored import ABSENT, ScoredRow, score_batch
@@ -73,7 +79,8 @@ def collect_texts(
     say: Callable[[str], None] = lambda line: None,
 ) -> list[WrittenText]:
     """Have a text written for each prompt. What `path` holds already is not asked for again: texts are kept there as
-    they come, so a broken collection goes on where it stopped.
+    they come, so a broken collection goes on where it stopped. Of several processes, those of one training say, one
+    asks and the others wait for its texts.
 
     Args:
         writer: asked for what is missing.
@@ -82,51 +89,78 @@ def collect_texts(
         say: told of progress.
 
     Raises:
-        ValueError: `path` holds another teacher's texts.
+        ValueError: `path` holds another teacher's texts, or something else.
         TeacherUnavailable: the teacher stays away; what came is kept.
     """
     file = Path(path)
     header = {"written_by": writer.describe()}
-    kept = _read_texts(file, header) if file.exists() else {}
-    missing = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts)) if tuple(prompt) not in kept]
-    if missing:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "a", encoding="utf-8") as out:
-            if not file.stat().st_size:
-                out.write(json.dumps(header) + "\n")
-            for number, (prompt, text) in enumerate(zip(missing, writer.write(missing), strict=True), 1):
-                out.write(json.dumps({"asked": prompt, **asdict(text)}) + "\n")
-                out.flush()  # each has cost time, and perhaps money
-                kept[tuple(prompt)] = text
-                if number % 100 == 0 or number == len(missing):
-                    say(f"{number} of {len(missing)} texts written by {writer.name}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a", encoding="utf-8") as out:
+        _lock(out, say)
+        kept = _read_texts(file, header)
+        missing = [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts)) if tuple(prompt) not in kept]
+        if missing and not file.stat().st_size:
+            out.write(_line(header))
+        for number, (prompt, text) in enumerate(zip(missing, writer.write(missing), strict=True), 1):
+            out.write(_line({"asked": prompt, **asdict(text)}))
+            out.flush()  # each has cost time, and perhaps money
+            kept[tuple(prompt)] = text
+            if number % 100 == 0 or number == len(missing):
+                say(f"{number} of {len(missing)} texts written by {writer.name}")
     return [kept[tuple(prompt)] for prompt in prompts]
 
 
+def _lock(file: TextIO, say: Callable[[str], None]) -> None:
+    """Until it is closed. A barrier of the processes would end after its time limit, and texts may take a day."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say(f"{file.name}: another process has texts written, and this one waits for them")
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
 def _read_texts(file: Path, header: dict[str, Any]) -> dict[tuple[int, ...], WrittenText]:
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    texts = {}
-    good = 0
-    for number, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if record is None or not line.endswith("\n"):
-            if number != len(lines) - 1:
-                raise ValueError(f"{file}, line {number + 1} is no JSON: move the file away.")
-            break  # the process died while it wrote this line
-        if number == 0 and record != header:
+    """What an earlier collection kept; half a line at the end, written while its process died, is cut off."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    first = lines[0] if lines else ""
+    if not _line(header).startswith(first):
+        found = _parsed(first)
+        if found != header:  # somebody else's, and not ours to cut
+            whose = found.get("written_by") if isinstance(found, dict) else None
+            now = f"texts of {whose}, and now they would be of {header['written_by']}"
             raise ValueError(
-                f"{file} holds texts of {record.get('written_by')}, and now they would be of {header['written_by']}: "
-                "name another file, or move this one away."
+                f"{file} holds {now if whose else 'no texts of a teacher'}: name another file, or move this one away."
             )
-        if number:
+    texts = {}
+    good = len(first.encode()) if first.endswith("\n") else 0
+    for number, line in enumerate(lines[1:], 2):
+        record: Any = _parsed(line) if line.endswith("\n") else None
+        try:
             asked = tuple(record.pop("asked"))
             texts[asked] = WrittenText(**record)
+        except (AttributeError, KeyError, TypeError):
+            if number < len(lines):
+                raise ValueError(
+                    f"{file}, line {number} is no text of a teacher: take the line out, and only its prompt is asked "
+                    "about again."
+                ) from None
+            break
         good += len(line.encode())
     os.truncate(file, good)
     return texts
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def training_rows(
