@@ -71,7 +71,7 @@ class Lengths:
 
     prompt: int = 64
     new_tokens: int = 256
-    repeats: int = 5
+    repeats: int = 15
     positions: int = 20_000
     brier_patch_size: int = 4
 
