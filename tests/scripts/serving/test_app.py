@@ -300,8 +300,8 @@ def test_models_without_template_or_likelihood_say_so(start):
 
 def test_bodies_are_bounded_in_size_and_time(start, monkeypatch):
     """A hundred megabytes are not read; a client that sends a byte a minute does not hold a place."""
-    monkeypatch.setattr(serving.PatientProtocol, "HEADER_SECONDS", 0.4)
-    server = start(max_body=20000, body_seconds=0.4)
+    monkeypatch.setattr(serving.PatientProtocol, "HEADER_SECONDS", 1.0)
+    server = start(max_body=20000, body_seconds=1.0)
     status, _, reply = server.call("/generate", {"prompt": "x" * 30000})
     assert status == 413 and reply["error"]["code"] == "body_too_large"
 
