@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -96,7 +97,16 @@ class GracefulServer(uvicorn.Server):
 
 
 def serve(app: Any, engine: Engine, host: str, port: int, drain_seconds: float, max_connections: int) -> None:
-    """Until a signal comes. Raises OSError where the port is taken."""
+    """Until a signal comes.
+
+    Raises:
+        OSError: the address cannot be had.
+    """
+    try:
+        # uvicorn's own ends the process with a line of its log
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise OSError(f"cannot listen at {host}:{port} ({error.strerror}): pass another --port or --host.") from error
     config = uvicorn.Config(
         app,
         host=host,
@@ -110,5 +120,5 @@ def serve(app: Any, engine: Engine, host: str, port: int, drain_seconds: float, 
         # answers that are not finished then are cut
         timeout_graceful_shutdown=round(drain_seconds + 5),
     )
-    with config.bind_socket() as socket:
-        GracefulServer(config, engine, drain_seconds).run(sockets=[socket])
+    with listener:
+        GracefulServer(config, engine, drain_seconds).run(sockets=[listener])
