@@ -166,6 +166,14 @@ infer: setup $(CHECKPOINTS)/student/config.json ## continue a text (PROMPT MAX_N
 serve: setup $(CHECKPOINTS)/student/config.json ## serve the student over HTTP, OpenAI's routes too (HOST PORT EXTRA); a key is LATENTFORGE_API_KEY
 	$(BIN)/python scripts/serve.py --model $(CHECKPOINTS)/student --host "$(HOST)" --port "$(SERVE_PORT)" $(EXTRA)
 
+.PHONY: space
+space: setup $(VENV)/.space ## the Gradio Space on this machine, with runs/demo/student (LATENTFORGE_MODEL names others; PORT)
+	PORT="$(SERVE_PORT)" LATENTFORGE_ANY_MODEL=1 $(BIN)/python scripts/space/app.py
+
+$(VENV)/.space: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[space]'
+	@touch $@
+
 .PHONY: setup-clients
 setup-clients: $(CLIENTS_VENV)/.installed ## .venv-clients with litellm and schemathesis, for the tests of the server
 

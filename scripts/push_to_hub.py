@@ -3,11 +3,13 @@
     python scripts/push_to_hub.py --model runs/demo/student --repo_id my-name/my-student --private
     python scripts/push_to_hub.py --model checkpoints/ae --repo_id my-name/my-codec --license apache-2.0
     python scripts/push_to_hub.py --model runs/demo/student --repo_id my-name/my-student --revision trial
+    python scripts/push_to_hub.py --model runs/demo/student --repo_id my-name/my-student --space my-name/my-space
 
 The folder is checked before anything is sent. A repository that exists is updated; `--revision` takes a branch that
-exists. The token is the one of `hf auth login`, or HF_TOKEN. At the end a process that has nothing of ours loads the
-uploaded model by its id, unless `--no_verify`. A card that is missing is filled from the folder; one that is there is
-sent with the repository's id in its usage code.
+exists. `--space` makes or updates a Gradio Space that shows the uploaded model (`scripts/space/`). The token is the
+one of `hf auth login`, or HF_TOKEN. At the end a process that has nothing of ours loads the uploaded model by its id,
+unless `--no_verify`. A card that is missing is filled from the folder; one that is there is sent with the repository's
+id in its usage code.
 """
 
 import ast
@@ -64,17 +66,26 @@ class PushArguments:
     commit_message: str = field(default="Upload model", metadata={"help": "Of the commit."})
     license: str | None = field(default=None, metadata={"help": "Licence to state in the card, of the Hub's list."})
     verify: bool = field(default=True, metadata={"help": "Load the result from the Hub in a clean process."})
+    space: str | None = field(
+        default=None, metadata={"help": "owner/name of a Gradio Space that shows the model; made if it is not there."}
+    )
 
     def __post_init__(self) -> None:
         from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-        try:
-            validate_repo_id(self.repo_id)
-        except HFValidationError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"repo_id ({self.repo_id}) is no Hub id: {reason} Write it as owner/name.") from None
-        if self.repo_id.count("/") != 1:
-            raise ValueError(f"repo_id ({self.repo_id}) names no owner: write it as owner/name.")
+        for name in ("repo_id", "space"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            try:
+                validate_repo_id(value)
+            except HFValidationError as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"{name} ({value}) is no Hub id: {reason} Write it as owner/name.") from None
+            if value.count("/") != 1:
+                raise ValueError(f"{name} ({value}) names no owner: write it as owner/name.")
+        if self.space is not None and self.revision is not None:
+            raise ValueError(f"space ({self.space}) shows a model's main branch: drop revision ({self.revision}).")
         if not self.commit_message.strip():
             raise ValueError("commit_message is empty: say in a few words what the upload is.")
 
@@ -318,6 +329,25 @@ def push(arguments: PushArguments, checked: Checked, card: str, token: str | Non
     return commit.oid, commit.commit_url
 
 
+def push_space(arguments: PushArguments, token: str | None) -> str:
+    """Send `scripts/space/` to a Space and tell it which model to show; returns its address."""
+    from huggingface_hub import HfApi
+
+    assert arguments.space is not None
+    api = HfApi(endpoint=endpoint(), token=token)
+    space = {"repo_id": arguments.space, "repo_type": "space"}
+    api.create_repo(**space, space_sdk="gradio", private=arguments.private or None, exist_ok=True)
+    # before the files: they make it build
+    api.add_space_variable(arguments.space, "LATENTFORGE_MODEL", arguments.repo_id)
+    api.upload_folder(
+        **space,
+        folder_path=Path(__file__).resolve().parent / "space",
+        allow_patterns=["app.py", "requirements.txt", "README.md"],
+        commit_message=f"Show {arguments.repo_id}",
+    )
+    return f"{endpoint()}/spaces/{arguments.space}"
+
+
 def _is_weights(name: str) -> bool:
     return "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
 
@@ -420,6 +450,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(checked.files) + 1} files of {arguments.model} are at {address}")
         if arguments.verify:
             print(f"loads in a clean process: {verify(arguments, checked, commit, token)}")
+        if arguments.space is not None:
+            print(f"{arguments.repo_id} is shown at {push_space(arguments, token)}")
+            if arguments.private:
+                print("the model is private: give the Space a secret HF_TOKEN that may read it")
     except Exception as error:
         message = explain(error, arguments)
         if message is None:

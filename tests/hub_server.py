@@ -1,6 +1,6 @@
 """A small Hub on this machine, for tests: creates, fills and serves repositories as huggingface_hub asks it to.
 
-Models and datasets share their names here; the Hub keeps them apart.
+Models, datasets and Spaces share their names here; the Hub keeps them apart.
 
     root/lfs/<sha256>                      what was uploaded as a large file
     root/repos/<owner>/<name>/<commit>/    the files of each commit, as they are
@@ -28,7 +28,7 @@ import yaml
 LICENSES = ("apache-2.0", "mit", "mpl-2.0", "other", "unknown")  # of the Hub's list
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet")
 REPO = r"(?P<repo>[^/]+/[^/]+?)"
-API = rf"/api/(?:models|datasets)/{REPO}"
+API = rf"/api/(?:models|datasets|spaces)/{REPO}"
 Reply = tuple[int, Any, dict[str, str]]
 
 
@@ -38,6 +38,8 @@ class Repo:
 
     owner: str
     private: bool
+    sdk: str | None = None  # of a Space
+    variables: dict[str, str] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
 
@@ -139,9 +141,16 @@ class HubServer:
         if repo_id in self.repos:
             return 409, {"error": "You already created this model repo", **url}, {}
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
-        self.repos[repo_id] = Repo(owner, private)
+        self.repos[repo_id] = Repo(owner, private, asked.get("sdk"))
         self._add_commit(repo_id, "main", None, {".gitattributes": b"*.safetensors filter=lfs\n"}, [])
         return 200, url, {}
+
+    def variable(self, token: str, body: bytes, repo: str) -> Reply:
+        asked, found = json.loads(body), self._repo(repo, token, write=True)
+        if found.sdk is None:
+            raise Refusal(404, "Space not found", "RepoNotFound")
+        found.variables[asked["key"]] = asked["value"]
+        return 200, {name: {"key": name, "value": value} for name, value in found.variables.items()}, {}
 
     def branch(self, token: str, body: bytes, repo: str, name: str) -> Reply:
         found = self._repo(repo, token, write=True)
@@ -285,6 +294,7 @@ def _folders(files: dict[str, Path], under: str | None = None) -> list[dict[str,
 ROUTES: list[tuple[tuple[str, ...], str, Callable[..., Reply]]] = [
     (("POST",), "/api/repos/create", HubServer.create),
     (("POST",), "/api/validate-yaml", HubServer.validate_yaml),
+    (("POST",), rf"/api/spaces/{REPO}/variables", HubServer.variable),
     (("POST",), rf"{API}/branch/(?P<name>.+)", HubServer.branch),
     (("POST",), rf"{API}/preupload/(?P<revision>[^/]+)", HubServer.preupload),
     (("POST",), rf"{API}/commit/(?P<revision>[^/]+)", HubServer.commit),
@@ -294,7 +304,7 @@ ROUTES: list[tuple[tuple[str, ...], str, Callable[..., Reply]]] = [
     (("POST",), rf"/(?:datasets/)?{REPO}\.git/info/lfs/objects/batch", HubServer.lfs_batch),
     (("PUT",), "/lfs/(?P<oid>[0-9a-f]{64})", HubServer.lfs_put),
     (("POST",), "/lfs/(?P<oid>[0-9a-f]{64})/verify", HubServer.lfs_verify),
-    (("GET", "HEAD"), rf"/(?:datasets/)?{REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", HubServer.resolve),
+    (("GET", "HEAD"), rf"/(?:datasets/|spaces/)?{REPO}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", HubServer.resolve),
 ]
 
 

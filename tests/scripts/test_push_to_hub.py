@@ -141,6 +141,23 @@ def test_what_lies_on_the_hub_is_the_model_and_nothing_else_of_the_folder(traine
     assert all(str(trained) not in path.read_text() for path in folder.iterdir() if path.suffix in (".md", ".json"))
 
 
+def test_a_space_shows_the_uploaded_model(trained, hub, capsys):
+    """Without the variable it would look for a folder of the author's machine; caches are nobody's app."""
+    for _ in range(2):  # made, then updated
+        assert push(trained / "student", "alice/student", "--space", "alice/space") == 0
+    assert "alice/student is shown at" in capsys.readouterr().out
+    space = hub.repos["alice/space"]
+    assert space.sdk == "gradio" and space.variables == {"LATENTFORGE_MODEL": "alice/student"}
+    sent = {path.name for path in hub.folder("alice/space").iterdir()} - {".gitattributes"}
+    assert sent == {"app.py", "requirements.txt", "README.md"}
+    assert (hub.folder("alice/space") / "app.py").read_text() == (ROOT / "scripts/space/app.py").read_text()
+    assert push(trained / "student", "alice/student", "--space", "bob/space") == 1
+    assert "may not write" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        push(trained / "student", "alice/student", "--space", "space")
+    assert "space (space) names no owner" in capsys.readouterr().err
+
+
 def test_an_existing_repository_is_updated(trained, hub, tmp_path, capsys):
     """Shards that an earlier upload left beside new weights, or weights beside new shards, load as the wrong model."""
     model = shutil.copytree(trained / "student", tmp_path / "model")
