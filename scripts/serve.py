@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 # `python scripts/serve.py` finds what stands beside this file, and not the room that it is in
@@ -76,10 +77,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     (arguments,) = parse_arguments(ServeArguments, argv=argv, description=__doc__)
     try:
-        from scripts.serving.app import ServerConfig, build_app
         from scripts.serving.server import serve
     except ImportError as error:
         raise ImportError(f"{error.name} is missing: pip install 'latentforge[serve]'.") from error
+    app, engine = build_service(arguments)
+    serve(app, engine, arguments.host, arguments.port, arguments.drain_seconds, arguments.max_connections)
+
+
+def build_service(arguments: ServeArguments) -> tuple[Any, Any]:
+    """The application, and the engine behind it, running.
+
+    Raises:
+        ValueError: no student, or limits that leave no room for a row.
+    """
+    from scripts.serving.app import ServerConfig, build_app
     from scripts.serving.engine import Engine, EngineConfig
     from scripts.serving.metrics import Metrics
     from trainers.teachers.env import read_env
@@ -108,11 +119,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         log_prompts=arguments.log_prompts,
         version=version(),
     )
-    app = build_app(engine, config, metrics)
-    serve(app, engine, arguments.host, arguments.port, arguments.drain_seconds, arguments.max_connections)
+    return build_app(engine, config, metrics), engine
 
 
-def load(arguments: ServeArguments) -> tuple:
+def load(arguments: ServeArguments) -> tuple[Any, Any]:
     """Model and tokenizer, on their device.
 
     Raises:
