@@ -36,7 +36,8 @@ METRICS = {
     },
     "student": {
         "nll": "nats per token",
-        "kd": "T^2 times the KL divergence from the teacher at temperature T, nats per token",
+        "kd": "distance from the teacher, nats per token: T^2 times the KL divergence at temperature T, or with another "
+        "tokenizer the divergence of the likelihoods of whole pieces of text",
     },
 }
 # what scripts/evaluate_model.py leaves in a model's folder, and where its figures stand in the card
@@ -327,7 +328,9 @@ def facts_of_trainer(trainer: Any, repo_id: str, **given: Any) -> CardFacts:
     if length is not None:
         training["tokens per row"] = length
     weights = {name: weight for name, weight in trainer.part_weights().items() if weight}
-    if trainer.teacher_name() is not None and hasattr(args, "kd_temperature"):
+    if getattr(args, "kd_alignment", "none") != "none":
+        training["distillation"] = "likelihoods of whole pieces of text, from a teacher with another tokenizer"
+    elif trainer.teacher_name() is not None and hasattr(args, "kd_temperature"):
         training["temperature T of the distillation"] = f"{args.kd_temperature:g}"
     training |= {
         "learning rate": f"{args.learning_rate:g}, {getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}",
