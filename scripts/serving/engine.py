@@ -422,25 +422,37 @@ class Engine:
 
     def _write_patch(self) -> None:
         """Every row writes to the end of its patch."""
-        started = time.monotonic()
-        batch, rows = self._batch, self._rows
+        started, rows = time.monotonic(), self._rows
         for row in rows:
             row.finish_reason = self._given_up(row.request)
         before = self.statistics.generated_tokens
-        for place in range(self.patch_size):
-            active = [row.finish_reason is None and batch.phase(r) == place for r, row in enumerate(rows)]
-            if not any(active):
-                continue
-            tokens = self._choose(active)
-            active = [is_active and row.finish_reason is None for is_active, row in zip(active, rows, strict=True)]
-            if any(active):
-                batch.read(place, tokens, active)
-                self.statistics.backbone_steps += place == self.patch_size - 1
-                self.statistics.patches += sum(active) if place == self.patch_size - 1 else 0
-        self._deliver()
+        self._write_places()
         written = self.statistics.generated_tokens - before
         if written:
             self.observe("time_per_token", (time.monotonic() - started) * len(rows) / written)
+
+    def _write_places(self) -> None:
+        batch = self._batch
+        for place in range(self.patch_size):
+            active = [row.finish_reason is None and batch.phase(r) == place for r, row in enumerate(self._rows)]
+            if not any(active):
+                continue
+            tokens = self._choose(active)
+            if place == self.patch_size - 1:
+                # everybody is told before the backbone's step, for which nobody has to wait; who has ended takes no
+                # part in it
+                order = self._deliver()
+                if order:
+                    batch.read(place, tokens[torch.tensor(order, device=tokens.device)], [True] * len(order))
+                    self.statistics.backbone_steps += 1
+                    self.statistics.patches += len(order)
+                return
+            active = [
+                is_active and row.finish_reason is None for is_active, row in zip(active, self._rows, strict=True)
+            ]
+            if any(active):
+                batch.read(place, tokens, active)
+        self._deliver()
 
     def _choose(self, active: list[bool]) -> torch.Tensor:
         """A token for every active row `(B,)`; rows that it ends get their reason."""
@@ -485,8 +497,9 @@ class Engine:
                 told[place] = TokenLogprob(ids[place], float(logprobs[line, ids[place]]), top)
         return told
 
-    def _deliver(self) -> None:
-        """Tell everybody what the patch brought, and let go of who has ended."""
+    def _deliver(self) -> list[int]:
+        """Tell everybody what the patch brought, and let go of who has ended; returns whose rows remain, by their old
+        numbers in their new order."""
         ended = []
         outputs = []
         for r, row in enumerate(self._rows):
@@ -501,9 +514,11 @@ class Engine:
                 ended.append(r)
         rows = self._rows
         with self._changed:
-            self._rows = [rows[r] for r in self._batch.leave(ended)]
+            order = self._batch.leave(ended)
+            self._rows = [rows[r] for r in order]
         for request, output in outputs:
             if output.finish_reason is not None:
                 self._end(request, output)
             elif output.token_ids:
                 self._tell(request, output)
+        return order
