@@ -36,8 +36,8 @@ METRICS = {
     },
     "student": {
         "nll": "nats per token",
-        "kd": "distance from the teacher, nats per token: T^2 times the KL divergence at temperature T, or with another "
-        "tokenizer the divergence of the likelihoods of whole pieces of text",
+        "kd": "distance from the teacher, nats per token: T^2 times the KL divergence at temperature T, or, with "
+        "another tokenizer, the divergence of the likelihoods of whole pieces of text",
     },
 }
 # what scripts/evaluate_model.py leaves in a model's folder, and where its figures stand in the card

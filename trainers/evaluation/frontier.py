@@ -356,10 +356,6 @@ def draw(corpora: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None
         )
         heights = [sign * corner["cost"] for corner in line]
         axis.plot([corner["tokens_per_second"] for corner in line], heights, color=STYLES["token LM"][1])
-        for number, (point, value) in enumerate(sorted(shown, key=lambda pair: pair[0]["tokens_per_second"])):
-            place = (point["tokens_per_second"], value)
-            offset = (4, -9 if number % 2 else 4)  # neighbours have nearly one speed
-            axis.annotate(point["label"], place, offset, textcoords="offset points", fontsize=6)
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.xaxis.set_major_formatter(ScalarFormatter())
@@ -367,7 +363,41 @@ def draw(corpora: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None
         axis.margins(x=0.2, y=0.1)
         axis.set(title=title, xlabel="decoded tokens per second, batch 1", ylabel=quality)
         axis.legend(fontsize=7)
+        _name_points(axis, {(point["tokens_per_second"], value): point["label"] for point, value in shown})
     figure.savefig(path, dpi=110)
+
+
+# of a name from its point, in points of the page, and which end of it stands there
+NAME_OFFSETS = [
+    (5, 3, "left"),
+    (5, -8, "left"),
+    (-5, 3, "right"),
+    (-5, -8, "right"),
+    (0, 8, "center"),
+    (0, -14, "center"),
+]
+
+
+def _name_points(axis: Any, names: Mapping[tuple[float, float], str]) -> None:
+    """A name beside each point where it covers neither a point nor a name; else where the first try was."""
+    from matplotlib.transforms import Bbox
+
+    axis.figure.canvas.draw()  # before that nothing has a place
+    frame, taken = axis.get_window_extent(), [axis.get_legend().get_window_extent()]
+    for place in names:
+        x, y = axis.transData.transform(place)
+        taken.append(Bbox.from_extents(x - 4, y - 4, x + 4, y + 4))
+    for place, name in sorted(names.items()):
+        tries = 0
+        for x, y, end in [*NAME_OFFSETS, NAME_OFFSETS[0]]:
+            text = axis.annotate(name, place, (x, y), textcoords="offset points", fontsize=6, ha=end)
+            box = text.get_window_extent()
+            tries += 1
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1
+            if tries > len(NAME_OFFSETS) or (inside and not any(box.overlaps(other) for other in taken)):
+                break
+            text.remove()
+        taken.append(box)
 
 
 def _quality(point: Mapping[str, Any], quality: str) -> float | None:
