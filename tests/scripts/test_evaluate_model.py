@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modeling_latentforge import LatentForgeAutoencoder, LatentForgeAutoencoderConfig, LatentForgeForCausalLM
 from scripts.evaluate_model import main
 from tests.scripts.test_infer import make_tokenizer
-from trainers.evaluation.evaluation import Evaluation
+from trainers.evaluation.evaluation import Evaluation, EvaluationSettings, Subjects
 from trainers.model_card import CardFacts, card_of_folder, fill_card, update_card
 
 
@@ -147,6 +147,23 @@ def test_figures_of_other_weights_are_not_taken(trained: Path, tmp_path: Path):
         figures.append(report["likelihood"]["teacher"]["nats_per_token"])
         model.lm_head.weight.data.mul_(30)
     assert figures[0] != figures[1]
+
+
+def test_speed_of_another_machine_is_not_taken(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder that was copied would give one processor's tokens a second under another one's name."""
+    model, seen = LlamaForCausalLM.from_pretrained(trained / "teacher"), []
+
+    def measured() -> None:
+        subjects = Subjects({"teacher": model}, None, None, None, torch.zeros(1, 8, dtype=torch.long), None, 4)
+        Evaluation(subjects, EvaluationSettings(), tmp_path)._part("speed", {}, lambda: seen.append("") or {})
+
+    measured()
+    measured()
+    assert len(seen) == 1
+    machine = {"machine": {"cpu": "another", "threads": torch.get_num_threads()}}
+    monkeypatch.setattr("trainers.evaluation.evaluation.environment", lambda: machine)
+    measured()
+    assert len(seen) == 2
 
 
 def test_a_codec_is_judged_alone(trained: Path, tmp_path: Path):
