@@ -109,6 +109,7 @@ def test_the_page_needs_no_other_file_and_shows_what_the_json_holds(evaluated: t
         assert "clamped at 0 before the product" in text and "none is selected" in text
         assert "has no exact likelihood" in text and "positions in" in text
     assert len(report["generation"]["models"]["student"][0]["texts"]) == 3
+    assert "the first of BrierLM's rows, up to 32,768 tokens" in markdown  # --quick reads fewer for the likelihood
     speed = page.split("<h2>Speed</h2>")[1]
     assert "teacher" in speed and "tokens a backbone step" in speed and "This machine, cpu" in speed
 
