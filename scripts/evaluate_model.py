@@ -45,6 +45,10 @@ class EvaluateArguments:
         metadata={"help": "Corpus of the training, whose held-out part is read, in any form of the training scripts."},
     )
     eval_data: str | None = field(default=None, metadata={"help": "Held-out text in place of a part of `data`."})
+    eval_fraction: float = field(
+        default=0.05,
+        metadata={"help": "Held-out share of `data`, as in the training: more would hold text that it has read."},
+    )
     domain: list[str] = field(
         default_factory=list,
         metadata={"help": "NAME=TEXT: more kinds of text for the codec, or others for prose, code, numbers."},
@@ -79,6 +83,8 @@ class EvaluateArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.new_tokens is not None and self.new_tokens < 4:
+            raise ValueError(f"new_tokens must be at least 4, got {self.new_tokens}: 4-grams are counted")
         if any(temperature <= 0 for temperature in self.temperatures or ()):
             raise ValueError(f"temperatures must be above 0, got {self.temperatures}: greedy writes one text only")
         for domain in self.domain:
@@ -104,10 +110,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     import torch
     from transformers.utils import logging
 
-    from trainers.command_line import choose_device
+    from trainers.command_line import check_writable, choose_device
     from trainers.evaluation.evaluation import Evaluation
     from trainers.evaluation.evaluation_report import write_evaluation
-    from trainers.model_card import update_card, weights_hash
+    from trainers.model_card import read_evaluation, update_card, weights_hash
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -116,20 +122,27 @@ def main(argv: Sequence[str] | None = None) -> Path:
     started = time.perf_counter()
     default = Path(arguments.model) / "evaluation" if Path(arguments.model).is_dir() else None
     output_dir = Path(arguments.output_dir) if arguments.output_dir else default or Path("results/evaluation")
+    weights = weights_hash(arguments.model)  # before they are read: a training may go on in that folder
     subjects, notes = _load(arguments, device)
+    check_writable(output_dir)
     settings = _settings(arguments)
     report = Evaluation(subjects, settings, output_dir / "parts", arguments.parts, _say, _bar).run()
     report["conditions"] |= {
         "command": f"python scripts/evaluate_model.py {shlex.join(argv[1:] if argv[0] == '--model' else argv)}",
         "data": arguments.eval_data or f"held-out part of {arguments.data}",
         "quick": arguments.quick,
-        "weights": weights_hash(arguments.model),
+        "weights": weights,
         "notes": notes,
         "seconds": round(time.perf_counter() - started, 1),
     }
     paths = write_evaluation(report, output_dir)
     if arguments.card and (Path(arguments.model) / "README.md").exists() and default == output_dir:
-        update_card(arguments.model)
+        if read_evaluation(arguments.model):
+            update_card(arguments.model)
+        else:
+            _say(
+                f"{arguments.model}/README.md stays as it is: beside it are other .safetensors than were read, or none"
+            )
     print(f"{report['conditions']['seconds']:.0f} s; kept in {paths['md']}, {paths['html']}, {paths['json']}")
     return paths["json"]
 
@@ -158,6 +171,7 @@ def _load(arguments: EvaluateArguments, device: str) -> tuple[Any, list[str]]:
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     import modeling_latentforge  # noqa: F401  (registers our models with the Auto classes)
+    from trainers.command_line import check_writes_text
     from trainers.data import DataArguments, load_blocks
     from trainers.evaluation.benchmark import context_length
     from trainers.evaluation.domains import domain_texts
@@ -178,6 +192,8 @@ def _load(arguments: EvaluateArguments, device: str) -> tuple[Any, list[str]]:
     codec_only = AutoConfig.from_pretrained(arguments.model, **options).model_type == "latentforge_autoencoder"
     if codec_only and others:
         raise ValueError(f"{arguments.model} is a codec, and codecs are judged alone: drop --teacher and --baseline")
+    for path in others:
+        check_writes_text("teacher" if path == arguments.teacher else "baseline", path, **options)
     dtype = getattr(torch, arguments.dtype)
     short = [Path(path).name for path in paths]
     names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
@@ -215,6 +231,7 @@ def _load(arguments: EvaluateArguments, device: str) -> tuple[Any, list[str]]:
     source: dict[str, Any] = {
         "data": arguments.data,
         "eval_data": arguments.eval_data,
+        "eval_fraction": arguments.eval_fraction,
         "cache_dir": arguments.cache_dir,
     }
     text = DataArguments(**source, block_size=arguments.block_size, max_train_tokens=arguments.block_size)

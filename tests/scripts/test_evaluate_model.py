@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shutil
 import textwrap
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -16,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from modeling_latentforge import LatentForgeAutoencoder, LatentForgeAutoencoderConfig, LatentForgeForCausalLM
 from scripts.evaluate_model import main
 from tests.scripts.test_infer import make_tokenizer
-from trainers.evaluation.evaluation import Evaluation
-from trainers.model_card import CardFacts, card_of_folder, fill_card, update_card
+from trainers.evaluation.evaluation import Evaluation, EvaluationSettings, Subjects
+from trainers.model_card import CardFacts, card_of_folder, fill_card, update_card, weights_hash
 
 
 TINY = "--block_size 64 --positions 150 --num_texts 20 --new_tokens 8 --temperatures 0.7 1.2 --device cpu --quick"
@@ -108,6 +109,7 @@ def test_the_page_needs_no_other_file_and_shows_what_the_json_holds(evaluated: t
         assert "clamped at 0 before the product" in text and "none is selected" in text
         assert "has no exact likelihood" in text and "positions in" in text
     assert len(report["generation"]["models"]["student"][0]["texts"]) == 3
+    assert "the first of BrierLM's rows, up to 32,768 tokens" in markdown  # --quick reads fewer for the likelihood
     speed = page.split("<h2>Speed</h2>")[1]
     assert "teacher" in speed and "tokens a backbone step" in speed and "This machine, cpu" in speed
 
@@ -147,6 +149,42 @@ def test_figures_of_other_weights_are_not_taken(trained: Path, tmp_path: Path):
         figures.append(report["likelihood"]["teacher"]["nats_per_token"])
         model.lm_head.weight.data.mul_(30)
     assert figures[0] != figures[1]
+
+
+def test_figures_are_of_the_weights_that_were_read(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A training that goes on in the folder would put yesterday's figures into the card of today's weights."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(trained / "teacher", folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\nA card.\n", encoding="utf-8")
+    later = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
+    later.save_pretrained(tmp_path / "later")
+    part = Evaluation._likelihood
+
+    def trained_meanwhile(self):
+        (tmp_path / "later" / "model.safetensors").replace(folder / "model.safetensors")
+        return part(self)
+
+    monkeypatch.setattr(Evaluation, "_likelihood", trained_meanwhile)
+    report, progress = run(trained, str(folder), "--parts", "likelihood")
+    assert report["conditions"]["weights"] == weights_hash(trained / "teacher") != weights_hash(folder)
+    assert "stays as it is" in progress and "nats" not in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_speed_of_another_machine_is_not_taken(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder that was copied would give one processor's tokens a second under another one's name."""
+    model, seen = LlamaForCausalLM.from_pretrained(trained / "teacher"), []
+
+    def measured() -> None:
+        subjects = Subjects({"teacher": model}, None, None, None, torch.zeros(1, 8, dtype=torch.long), None, 4)
+        Evaluation(subjects, EvaluationSettings(), tmp_path)._part("speed", {}, lambda: seen.append("") or {})
+
+    measured()
+    measured()
+    assert len(seen) == 1
+    machine = {"machine": {"cpu": "another", "threads": torch.get_num_threads()}}
+    monkeypatch.setattr("trainers.evaluation.evaluation.environment", lambda: machine)
+    measured()
+    assert len(seen) == 2
 
 
 def test_a_codec_is_judged_alone(trained: Path, tmp_path: Path):
@@ -192,6 +230,7 @@ def test_the_card_takes_its_figures_from_the_evaluation_of_these_weights(evaluat
         (("{}/student", "--domain", "poems.txt"), "a domain is NAME=TEXT"),
         (("{}/student", "--dtype", "float16"), "dtype must be float32 or bfloat16"),
         (("{}/student", "--positions", "0"), "positions must be at least 1, got 0"),
+        (("{}/student", "--new_tokens", "3"), "new_tokens must be at least 4, got 3"),
         (("{}",), "holds no model: there is no config.json"),
     ],
 )
@@ -224,3 +263,6 @@ def test_models_that_cannot_stand_beside_each_other_are_refused(trained: Path, t
     assert "patches of 4, 8 tokens cannot be scored" in refusal(student, "--patch_size", "8")
     assert "judged by a token model" in refusal(teacher, "--teacher", student)
     assert "codecs are judged alone" in refusal(str(trained / "autoencoder"), "--teacher", teacher)
+    assert "is a codec" in refusal(teacher, "--baseline", str(trained / "autoencoder"))
+    with pytest.raises(ValueError, match="eval_fraction must lie between 0 and 1, got 2"):
+        run(trained, teacher, "--eval_fraction", "2")

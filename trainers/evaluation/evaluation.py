@@ -190,7 +190,8 @@ class Evaluation:
         self._done += 1
         text = {"rows": _ids_hash(self.subjects.rows), "patch_size": self.subjects.patch_size}
         device = next(iter(self.subjects.models.values()), self.subjects.codec).device
-        where = {"threads": torch.get_num_threads(), "device": str(device)} if name == "speed" else {}
+        # of all figures these alone are the machine's as well
+        where = {"machine": environment()["machine"], "device": str(device)} if name == "speed" else {}
         key = _hash(name, dict(settings), text, where, measuring_code())
         path = self.work_dir / f"{name.replace(' ', '-').replace('/', '-')}-{key}.json"
         label = f"[{self._done}/{self._total}] {name}"

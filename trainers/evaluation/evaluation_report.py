@@ -183,7 +183,9 @@ def _likelihood(report: Mapping[str, Any]) -> Section:
                     f"{entry['num_tokens']:,} ({entry['num_bytes']:,} bytes)",
                 )
             )
-    note = "Exact, of every token but the first of a row; the same rows as BrierLM's."
+    limit = report["conditions"]["settings"]["likelihood_tokens"]
+    read = "the same rows as BrierLM's" if limit is None else f"the first of BrierLM's rows, up to {limit:,} tokens"
+    note = f"Exact, of every token but the first of a row; {read}."
     return Section("Likelihood", [note, ReportTable(("model", "nats/token", "bits/byte", "tokens"), rows), *refusals])
 
 

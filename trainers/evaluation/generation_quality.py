@@ -13,6 +13,7 @@ import torch
 
 from .benchmark import samples_whole_patches
 from .mauve import judge_texts, mauve
+from .speed import only_given_options
 from .text_statistics import text_statistics
 
 
@@ -79,6 +80,8 @@ def write_texts(
 ) -> torch.Tensor:
     """One text of each prompt, `(R, T) -> (R, L)`; EOS is held back, so that all are of one length.
 
+    Nothing of a generation config that came with a checkpoint is used: it may penalise or search.
+
     Raises:
         ValueError: see [`sampling_options`].
     """
@@ -90,7 +93,8 @@ def write_texts(
         for number, part in enumerate(progress(prompts.split(batch_size))):
             torch.manual_seed(seed + number)
             ids = part.to(model.device)
-            written = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            with only_given_options(model):
+                written = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
             texts.append(written[:, ids.shape[1] :].cpu())
     return torch.cat(texts)
 

@@ -301,7 +301,8 @@ def drafting_speed(
     lookup_tokens: int = 8,
     repeats: int = 1,
 ) -> dict[str, dict[str, Any]]:
-    """The teacher's greedy text: alone, drafted for by each assistant, and by prompt lookup, prompt by prompt.
+    """The teacher's greedy text: alone, drafted for by each assistant, and by prompt lookup, prompt by prompt, every
+    second round backwards.
 
     The first prompt is written once more before, to warm up.
 
@@ -351,7 +352,7 @@ def drafting_speed(
             record["rounds"].append(0.0)
         for ids in prompts:
             own: torch.Tensor | None = None
-            for name, way in ways.items():
+            for name, way in list(ways.items())[:: -1 if turn % 2 else 1]:
                 record = found[name]
                 with _count_calls(teacher) as calls:
                     start = time.perf_counter()

@@ -61,6 +61,15 @@ def test_texts_are_of_equal_length_and_seeded(head: str, decoder: str):
     assert first.shape == (3, 6) and torch.equal(first, again) and not torch.equal(first, other)
 
 
+def test_texts_follow_the_model_and_not_the_config_that_came_with_it():
+    """A checkpoint that penalises repetition would be praised for varied texts that its distribution does not have."""
+    teacher, prompts = tiny_teacher(), text_batch(3, 8)
+    texts = write_texts(teacher, prompts, 8, 1.0)
+    teacher.generation_config.repetition_penalty = 50.0
+    assert torch.equal(write_texts(teacher, prompts, 8, 1.0), texts)
+    assert teacher.generation_config.repetition_penalty == 50.0
+
+
 def test_whole_patches_are_not_flattened():
     """Temperature on tokens of one latent is another distribution than the one that is asked for."""
     energy = tiny_student("energy", "parallel")

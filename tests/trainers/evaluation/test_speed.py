@@ -130,6 +130,20 @@ def test_drafting_counts_the_teacher_s_steps_of_each_way():
     assert found["prompt lookup"]["teacher_steps"] <= 24
 
 
+def test_drafting_takes_turns_backwards_as_well(monkeypatch: pytest.MonkeyPatch):
+    """A machine that slows down while it is measured would always slow the last way."""
+    teacher, order = token_lm(), []
+    generate = teacher.generate
+
+    def watched(*args, **kwargs):
+        order.append("lookup" if "prompt_lookup_num_tokens" in kwargs else "alone")
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(teacher, "generate", watched)
+    drafting_speed(teacher, {}, [text_ids(8)[None]], new_tokens=4, repeats=2)
+    assert order[2:] == ["alone", "lookup", "lookup", "alone"]  # after the two that warm up
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
