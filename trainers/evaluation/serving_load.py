@@ -45,7 +45,7 @@ class Served:
     """
 
     def __init__(self, model: Path, log: Path, *flags: str, patience: float = 120.0):
-        self.model, self.log, self.flags, self.patience = model, log, flags, patience
+        self.model, self.log, self.flags, self.patience = model.resolve(), log.resolve(), flags, patience
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
 
