@@ -175,17 +175,21 @@ def _likelihood(report: Mapping[str, Any]) -> Section:
             refusals.append(f"{name} has no exact likelihood: {entry['refused']}.")
             rows.append((name, "none", "none", ""))
         else:
+            low, high = entry["nats_interval"]
             rows.append(
                 (
                     name,
-                    _number(entry["nats_per_token"]),
+                    f"{_number(entry['nats_per_token'])} ({_number(low)} to {_number(high)})",
                     _number(entry["bits_per_byte"]),
                     f"{entry['num_tokens']:,} ({entry['num_bytes']:,} bytes)",
                 )
             )
     limit = report["conditions"]["settings"]["likelihood_tokens"]
     read = "the same rows as BrierLM's" if limit is None else f"the first of BrierLM's rows, up to {limit:,} tokens"
-    note = f"Exact, of every token but the first of a row; {read}."
+    note = (
+        f"Exact, of every token but the first of a row; {read}. In brackets intervals of 95 %, of rows drawn again "
+        "with replacement: what other text of this kind would give."
+    )
     return Section("Likelihood", [note, ReportTable(("model", "nats/token", "bits/byte", "tokens"), rows), *refusals])
 
 
