@@ -208,7 +208,8 @@ def schema(context: Context, examples: int = 250) -> Measured:
     python = clients_python()
     if python is None:
         raise FileNotFoundError("schemathesis is missing: make setup-clients")
-    config, template = context.work_dir / "schemathesis.toml", context.work_dir / "template.jinja"
+    folder = context.work_dir.resolve()
+    config, template = folder / "schemathesis.toml", folder / "template.jinja"
     config.write_text(SCHEMATHESIS, encoding="utf-8")
     template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", encoding="utf-8")
     flags = ("--max_tokens", "96", "--chat_template", str(template))
