@@ -203,7 +203,7 @@ expected-statuses = ["2xx", "3xx", 400, 401, 403, 404, 409, 429]
 """
 
 
-def schema(context: Context, examples: int = 250) -> Measured:
+def schema(context: Context, examples: int = 400) -> Measured:
     """Generated requests, right and wrong, against the OpenAPI schema."""
     python = clients_python()
     if python is None:
