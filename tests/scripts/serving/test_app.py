@@ -94,6 +94,13 @@ class Running:
         return [json.loads(line) for line in lines[:-1]]
 
 
+def wait_until(happens, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def _parsed(content):
     try:
         return json.loads(content)
@@ -355,9 +362,10 @@ def test_a_full_queue_answers_429_with_when_to_come_back(start):
     server = start(limits=EngineConfig(max_rows=1, max_waiting=1))
     long = {"prompt": "x", "max_tokens": 1500}
     with ThreadPoolExecutor(3) as threads:
-        busy = [threads.submit(server.call, "/v1/completions", long) for _ in range(2)]
-        while server.engine.snapshot().waiting < 1:
-            time.sleep(0.01)
+        busy = [threads.submit(server.call, "/v1/completions", long)]
+        wait_until(lambda: server.engine.snapshot().rows == 1)  # before, the second would find the queue full
+        busy.append(threads.submit(server.call, "/v1/completions", long))
+        wait_until(lambda: server.engine.snapshot().waiting == 1)
         status, headers, reply = server.call("/v1/completions", long)
         assert status == 429 and int(headers["retry-after"]) >= 1 and reply["error"]["type"] == "rate_limit_error"
         assert [future.result()[0] for future in busy] == [200, 200]
@@ -377,9 +385,8 @@ def test_clients_that_go_away_free_their_rows(start):
                     assert b"200 OK" in connection.recv(4096)
                 else:
                     time.sleep(0.05)
-    deadline = time.monotonic() + 10
-    while (found := server.engine.snapshot()).rows + found.waiting and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: not server.engine.snapshot().rows + server.engine.snapshot().waiting)
+    found = server.engine.snapshot()
     assert found.rows == found.waiting == found.cache_bytes == 0 and found.finished == {"cancelled": 12}
 
 
@@ -439,8 +446,7 @@ def test_stopping_finishes_what_has_begun_and_refuses_the_rest(start):
     server = start()
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(server.events, "/v1/completions", {"prompt": "x", "max_tokens": 400})
-        while not server.engine.snapshot().rows:
-            time.sleep(0.01)
+        wait_until(lambda: server.engine.snapshot().rows == 1)
         server.engine.refuse()
         status, _, reply = server.call("/v1/completions", {"prompt": "x"})
         assert status == 503 and reply["error"]["code"] == "stopping"
