@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 
 
+LIKELIEST = 1024  # tokens that cuts are looked for among first
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a row's tokens are chosen.
@@ -40,26 +43,61 @@ def sample(logits: torch.Tensor, samplings: Sequence[Sampling], randoms: Sequenc
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if not drawn:
         return greedy
-    device = logits.device
-    rows = None if len(drawn) == len(samplings) else torch.tensor(drawn, device=device)
+    device, size = logits.device, logits.shape[1]
     chosen = [samplings[row] for row in drawn]
     numbers = torch.tensor([randoms[row].random() for row in drawn], device=device, dtype=torch.float64)
-    temperature = torch.tensor([sampling.temperature for sampling in chosen], device=device)[:, None]
-    scaled = (logits if rows is None else logits[rows]) / temperature.to(logits.dtype)
-    order = None
-    if any(sampling.top_p < 1 or 0 < sampling.top_k < logits.shape[1] for sampling in chosen):
-        scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
-    mass = scaled.softmax(-1, dtype=torch.float64).cumsum(-1)
-    total = mass[:, -1:]
-    if order is not None:
-        size = logits.shape[1]
-        last = torch.tensor([(sampling.top_k or size) - 1 for sampling in chosen], device=device).clamp(max=size - 1)
-        top_p = torch.tensor([sampling.top_p for sampling in chosen], device=device, dtype=torch.float64)
-        # the token that reaches the mass is the last one in
-        reached = (mass < top_p[:, None] * total).sum(-1).clamp(max=size - 1)
-        last = torch.minimum(last, torch.where(top_p < 1, reached, last))
-        total = mass.gather(1, last[:, None])
-    place = torch.searchsorted(mass, numbers[:, None] * total, right=True)
-    place = torch.minimum(place, (mass < total).sum(-1, keepdim=True))
-    tokens = (place if order is None else order.gather(1, place))[:, 0]
+    temperature = torch.tensor([sampling.temperature for sampling in chosen], device=device, dtype=logits.dtype)
+    rows = None if len(drawn) == len(samplings) else torch.tensor(drawn, device=device)
+    scaled = (logits if rows is None else logits[rows]) / temperature[:, None]
+    cut = [place for place, one in enumerate(chosen) if one.top_p < 1 or 0 < one.top_k < size]
+    if not cut:
+        tokens = _invert(scaled, numbers)
+    elif len(cut) == len(chosen):
+        tokens = _invert_cut(scaled, numbers, chosen)
+    else:  # who asks for no cut does not pay for a sort
+        index = torch.tensor(cut, device=device)
+        tokens = _invert(scaled, numbers)
+        tokens[index] = _invert_cut(scaled[index], numbers[index], [chosen[place] for place in cut])
     return tokens if rows is None else greedy.index_copy(0, rows, tokens)
+
+
+def _invert(scaled: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """`(B, V)` logits and `(B,)` numbers in [0, 1) -> ids. The sum is searched in two steps, over blocks and then in
+    one block: a running sum over a whole vocabulary costs several times as much."""
+    rows, size = scaled.shape
+    block = max(1, round(size**0.5))
+    weights = (scaled - scaled.amax(-1, keepdim=True)).exp_()
+    weights = torch.nn.functional.pad(weights, (0, -size % block)).view(rows, -1, block)
+    sums = weights.sum(-1, dtype=torch.float64)
+    upto = sums.cumsum(-1)
+    target = numbers[:, None] * upto[:, -1:]
+    number = _place(upto, target)
+    before = upto.gather(1, number) - sums.gather(1, number)
+    inner = weights[torch.arange(rows, device=scaled.device), number[:, 0]].double().cumsum(-1)
+    return (number * block + _place(inner, target - before))[:, 0]
+
+
+def _place(upto: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Where running sums `(B, n)` pass `target (B, 1)`; never on a weight of 0 behind the last one."""
+    place = torch.searchsorted(upto, target, right=True)
+    return torch.minimum(place, (upto < upto[:, -1:]).sum(-1, keepdim=True))
+
+
+def _invert_cut(scaled: torch.Tensor, numbers: torch.Tensor, chosen: Sequence[Sampling]) -> torch.Tensor:
+    """The same among the likeliest tokens: of each row's `top_k`, and of these as many as reach the share `top_p`."""
+    device, size = scaled.device, scaled.shape[1]
+    top_k = torch.tensor([min(one.top_k or size, size) for one in chosen], device=device)
+    top_p = torch.tensor([one.top_p for one in chosen], device=device, dtype=torch.float64)
+    total = scaled.double().logsumexp(-1, keepdim=True)
+    for count in (min(LIKELIEST, size), size):  # most cuts lie among few tokens, and sorting all takes long
+        values, order = scaled.topk(count)
+        mass = (values.double() - total).exp().cumsum(-1)
+        last = top_k.clamp(max=count) - 1
+        whole = torch.where(top_k < size, mass.gather(1, last[:, None])[:, 0], 1.0)
+        reached = (mass < (top_p * whole)[:, None]).sum(-1)  # the token that reaches the share is the last one in
+        if count == size or bool(((top_k <= count) | ((top_k == size) & (reached < count))).all()):
+            break
+    last = torch.minimum(last, reached)
+    kept = mass.gather(1, last[:, None])
+    place = torch.minimum(torch.searchsorted(mass, numbers[:, None] * kept, right=True), last[:, None])
+    return order.gather(1, place)[:, 0]

@@ -272,6 +272,44 @@ def test_text_is_shown_when_no_later_token_can_change_it():
         assert stream.stopped == bool(stop) and stream.push(ids) == ("" if stop else "naïve café €5 STOP more")
 
 
+class Fixed:
+    """A generator of numbers that are known."""
+
+    def __init__(self, *numbers):
+        self.numbers = list(numbers)
+
+    def random(self):
+        return self.numbers.pop(0)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 5000])
+def test_a_number_finds_its_token_in_any_vocabulary(size):
+    """Searched block by block, and cut among the likeliest first: an edge would be a token that is never written."""
+    generator = torch.Generator().manual_seed(size)
+    logits = torch.randn(64, size, generator=generator) * 3
+    numbers = torch.rand(64, generator=generator, dtype=torch.float64)
+    numbers[:2] = torch.tensor([0.0, 1 - 1e-16])
+    upto = logits.double().softmax(-1).cumsum(-1)
+
+    def drawn(**kwargs):
+        return sample(logits, [Sampling(**kwargs)] * 64, [Fixed(float(x)) for x in numbers])
+
+    expected = torch.searchsorted(upto, numbers[:, None] * upto[:, -1:], right=True)[:, 0].clamp(max=size - 1)
+    assert (drawn() == expected).float().mean() > 0.98, "but for rounding"
+    for cut in ({"top_p": 0.999999}, {"top_k": 3000}, {"top_k": 2000, "top_p": 0.9}, {"top_p": 0.5}):
+        probabilities, order = logits.double().softmax(-1).sort(dim=-1, descending=True, stable=True)
+        k = min(cut.get("top_k", size), size)
+        if k == size and "top_p" not in cut:
+            continue  # nothing is cut, and nothing sorted
+        probabilities[:, k:] = 0
+        probabilities /= probabilities.sum(-1, keepdim=True)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities[before >= cut.get("top_p", 1.0)] = 0
+        mass = probabilities.cumsum(-1)
+        place = torch.searchsorted(mass, numbers[:, None] * mass[:, -1:], right=True).clamp(max=k - 1)
+        assert (drawn(**cut) == order.gather(1, place)[:, 0]).float().mean() > 0.95, cut
+
+
 def test_samples_follow_the_distribution_and_the_cuts():
     """A wrong cut shows in no single text."""
     torch.manual_seed(0)
@@ -291,5 +329,7 @@ def test_samples_follow_the_distribution_and_the_cuts():
     assert shares(top_p=0.6)[1:].sum() == 0, "the first alone has 0.64"
     assert shares(top_p=0.7)[:2].sum() == 1 and shares(top_p=0.7)[1] > 0.2
     assert shares(temperature=0)[0] == 1
+    both = Sampling(top_k=2, top_p=0.7)  # of the two that are left the first has 0.73
+    assert set(sample(logits.expand(99, -1), [both] * 99, [number] * 99).tolist()) == {0}
     mixed = sample(logits.expand(3, -1), [Sampling(), GREEDY, Sampling(top_k=1)], [number] * 3)
     assert mixed[1:].tolist() == [0, 0]
