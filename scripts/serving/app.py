@@ -92,24 +92,11 @@ class Guard:
         scope.setdefault("state", {})["request_id"] = request_id
         facts: dict[str, Any] = {}
         scope["state"]["log"] = facts
-        started, status, seen = time.monotonic(), 0, 0
-        ends = started + self.config.body_seconds
-        body_read = False
+        started, status = time.monotonic(), 0
+        waiting: list[Any] = []
 
-        async def bounded() -> Any:
-            nonlocal seen, body_read
-            if body_read:  # what comes now is that the client has gone
-                return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), max(ends - time.monotonic(), 0.001))
-            except asyncio.TimeoutError:
-                raise APIError(408, "The body did not come in time.", "invalid_request_error") from None
-            if message["type"] == "http.request":
-                seen += len(message.get("body", b""))
-                if seen > self.config.max_body:
-                    raise too_large(self.config.max_body)
-                body_read = not message.get("more_body")
-            return message
+        async def replay() -> Any:
+            return waiting.pop() if waiting else await receive()  # behind the body comes that the client has gone
 
         async def answer(message: Any) -> None:
             nonlocal status
@@ -122,10 +109,17 @@ class Guard:
             length = headers.get(b"content-length", b"0")
             if length.isdigit() and int(length) > self.config.max_body:
                 raise too_large(self.config.max_body)
-            await self.app(scope, bounded, answer)
+            # whole, before a route begins: FastAPI would make its own error of what is wrong with it
+            body = await self._body(receive, started + self.config.body_seconds)
+            if body is None:
+                return  # the client has gone
+            waiting.append({"type": "http.request", "body": body, "more_body": False})
+            await self.app(scope, replay, answer)
         except APIError as error:
             if status:  # the answer has begun
                 raise
+            if error.status == 413:
+                await _drain(receive, 4 * self.config.max_body, 1.0)
             # the rest of the body is not read: the connection cannot be used again
             closing = {"connection": "close"}
             reply = error_response(error.status, error.message, error.kind, error.code, headers=closing)
@@ -142,6 +136,40 @@ class Guard:
                 **facts,
             }
             access_log.info(json.dumps(line, ensure_ascii=False))
+
+    async def _body(self, receive: Any, ends: float) -> bytes | None:
+        """The request's body; None: the client has gone.
+
+        Raises:
+            APIError: it is too large, or does not come in time.
+        """
+        parts: list[bytes] = []
+        while True:
+            try:
+                message = await asyncio.wait_for(receive(), max(ends - time.monotonic(), 0.001))
+            except asyncio.TimeoutError:
+                raise APIError(408, "The body did not come in time.", "invalid_request_error") from None
+            if message["type"] != "http.request":
+                return None
+            parts.append(message.get("body", b""))
+            if sum(map(len, parts)) > self.config.max_body:
+                raise too_large(self.config.max_body)
+            if not message.get("more_body"):
+                return b"".join(parts)
+
+
+async def _drain(receive: Any, limit: int, seconds: float) -> None:
+    """Read a little of what nobody wants: whoever closes on unread bytes resets the connection, and a client that is
+    still sending never sees the answer."""
+    ends = time.monotonic() + seconds
+    while limit > 0:
+        try:
+            message = await asyncio.wait_for(receive(), max(ends - time.monotonic(), 0.001))
+        except asyncio.TimeoutError:
+            return
+        if message["type"] != "http.request" or not message.get("more_body"):
+            return
+        limit -= len(message.get("body", b""))
 
 
 def too_large(limit: int) -> APIError:

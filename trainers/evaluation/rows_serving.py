@@ -354,6 +354,7 @@ ROWS = [
         "openai (sync, async, stream), huggingface_hub.InferenceClient, curl, litellm, each a test",
         "all pass, none skipped",
         clients,
+        setup="random weights of test size, real sockets; litellm from the environment of make setup-clients",
     ),
     Row(
         "schema",
@@ -379,5 +380,7 @@ ROWS = [
         long=True,
         setup="demo's student; second tenth of the time against the last: memory within 5 %, p50 within 15 %",
     ),
-    Row("start", "start to first answer, demo model", "<= 8 s", start, setup="median of 3"),
+    Row(
+        "start", "start to first answer, demo model", "<= 8 s", start, setup="K=8, first text of 8 tokens, median of 3"
+    ),
 ]

@@ -340,7 +340,7 @@ def test_bodies_are_bounded_in_size_and_time(start, monkeypatch):
     assert status == 413 and reply["error"]["code"] == "body_too_large"
 
     def raw(*parts, wait=0.0):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
             for part in parts:
                 connection.sendall(part)
                 time.sleep(wait)
