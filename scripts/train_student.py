@@ -399,19 +399,19 @@ def have_text_written(writer, tokenizer, blocks, data_args, prompt_tokens: int, 
     (at least one) held out."""
     from trainers.teachers import WrittenTeacher, collect_texts, training_rows
 
-    if data_args.streaming:
-        raise ValueError("A teacher that writes needs to know its prompts: drop --streaming.")
-    if data_args.eval_data is not None or data_args.eval_split is not None:
-        raise ValueError(
-            "A teacher that writes knows nothing of other text, and its student is judged on texts of its own that "
-            "are held out: drop --eval_data and --eval_split. evaluate_model.py judges on any text."
-        )
-    prompts = []
-    for row in blocks:
-        ids = row["input_ids"][row["attention_mask"] != 0][:prompt_tokens].tolist()
-        if len(ids) == prompt_tokens:
-            prompts.append(ids)
     try:
+        if data_args.streaming:
+            raise ValueError("A teacher that writes needs to know its prompts: drop --streaming.")
+        if data_args.eval_data is not None or data_args.eval_split is not None:
+            raise ValueError(
+                "A teacher that writes knows nothing of other text, and its student is judged on texts of its own "
+                "that are held out: drop --eval_data and --eval_split. evaluate_model.py judges on any text."
+            )
+        prompts = []
+        for row in blocks:
+            ids = row["input_ids"][row["attention_mask"] != 0][:prompt_tokens].tolist()
+            if len(ids) == prompt_tokens:
+                prompts.append(ids)
         writer.check()
         texts = collect_texts(writer, prompts, path, say=lambda line: print(line, flush=True))
     finally:
