@@ -289,6 +289,11 @@ def test_files_of_others_are_left_alone(tmp_path):
     (tmp_path / "text.sqlite").write_text("no database at all, but long enough to have a header" * 20)
     with pytest.raises(StoreError, match="text.sqlite is no SQLite file: choose another path"):
         SQLiteStore(tmp_path / "text.sqlite")
+    SQLiteStore(tmp_path / "broken.sqlite").close()
+    whole = (tmp_path / "broken.sqlite").read_bytes()
+    (tmp_path / "broken.sqlite").write_bytes(whole[:100] + b"\xff" * (len(whole) - 100))  # the header alone is sound
+    with pytest.raises(StoreError, match="damaged beyond single rows.*move it away and build it anew"):
+        SQLiteStore(tmp_path / "broken.sqlite")
     SQLiteStore(tmp_path / "old.sqlite").close()
     with sqlite3.connect(tmp_path / "old.sqlite") as connection:
         connection.execute("PRAGMA user_version=99")
