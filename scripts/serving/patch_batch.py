@@ -47,7 +47,7 @@ class RowState:
 class Prefill:
     """Reads prompts, some patches at a time, so that long ones do not stall the rows that are being written.
 
-    Several prompts are read as one batch, filled up behind their ends, where nothing looks.
+    Several prompts are read as one row, behind each other, where each sees only itself: nothing is filled up.
 
     Args:
         model: a `LatentForgeForCausalLM`, in eval mode.
@@ -59,67 +59,85 @@ class Prefill:
         patch_size, filler = model.config.patch_size, model._filler
         # a parallel decoder's grid ends with the prompt, and begins in the middle of a patch
         parallel = model.config.decoder_type == "parallel"
-        self.offsets = [-len(prompt) % patch_size if parallel else 0 for prompt in prompts]
-        self.lengths = [offset + len(prompt) for offset, prompt in zip(self.offsets, prompts, strict=True)]
-        self.num_patches = [length // patch_size for length in self.lengths]
-        longest = (max(self.num_patches) + 1) * patch_size
-        rows = [
-            [filler] * offset + list(prompt) + [filler] * (longest - offset - len(prompt))
-            for offset, prompt in zip(self.offsets, prompts, strict=True)
-        ]
-        self.input_ids = torch.tensor(rows, device=model.device)
+        offsets = [-len(prompt) % patch_size if parallel else 0 for prompt in prompts]
+        grids = [[filler] * offset + list(prompt) for offset, prompt in zip(offsets, prompts, strict=True)]
+        self.grids = [torch.tensor([grid], device=model.device) for grid in grids]
+        self.num_patches = [len(grid) // patch_size for grid in grids]
+        whole = [grid[:, : count * patch_size] for grid, count in zip(self.grids, self.num_patches, strict=True)]
+        self.input_ids = torch.cat(whole, dim=1).unflatten(1, (-1, patch_size))  # (1, N of all, K)
         self.mask: torch.Tensor | None = None
-        if any(self.offsets):
-            begins = torch.tensor(self.offsets, device=model.device)[:, None]
-            self.mask = torch.arange(longest, device=model.device) >= begins
+        if any(offsets):
+            known = [torch.arange(ids.shape[1]) >= offset for ids, offset in zip(whole, offsets, strict=True)]
+            self.mask = torch.cat(known)[None].unflatten(1, (-1, patch_size)).to(model.device)
+        counts = torch.tensor(self.num_patches)
+        self.positions = torch.cat([torch.arange(count) for count in self.num_patches]).to(model.device)
+        self.owners = torch.arange(len(prompts)).repeat_interleave(counts).to(model.device)
         self.cache = DynamicCache(config=model.config.backbone_config)
-        self.states = [model.model.start.expand(len(prompts), 1, -1)]
+        self.states: list[torch.Tensor] = []
         self.done = 0  # patches
 
     @property
     def remaining(self) -> int:
-        """Patches of the longest prompt that have not been read."""
-        return max(self.num_patches) - self.done
+        """Patches that have not been read."""
+        return sum(self.num_patches) - self.done
 
     def advance(self, count: int) -> None:
-        """Run the backbone over at most `count` more patches of each."""
-        patch_size = self.model.config.patch_size
-        end = min(self.done + count, max(self.num_patches))
-        if end == self.done:
+        """Run the backbone over at most `count` more patches."""
+        begin, end = self.done, self.done + min(count, self.remaining)
+        if end == begin:
             return
-        span = slice(self.done * patch_size, end * patch_size)
-        ids = self.input_ids[:, span].unflatten(1, (-1, patch_size))
-        mask = None if self.mask is None else self.mask[:, span].unflatten(1, (-1, patch_size))
-        embeds = self.model._embed_patches(ids, mask)
-        self.states.append(self.model.model(embeds, cache=self.cache, use_cache=True))
+        embeds = self.model._embed_patches(
+            self.input_ids[:, begin:end], None if self.mask is None else self.mask[:, begin:end]
+        )
+        seen = None
+        if len(self.num_patches) > 1:
+            places = torch.arange(end, device=embeds.device)
+            seen = (self.owners[begin:end, None] == self.owners[:end]) & (places[begin:, None] >= places)
+            seen = seen[None, None]
+        positions = self.positions[None, begin:end]
+        self.states.append(self.model.model(embeds, seen, positions, self.cache, use_cache=True))
         self.done = end
 
     def finish(self, generators: Sequence[torch.Generator | None]) -> list[RowState]:
         """The rows, once nothing remains. `generators` make an energy head's noise; None takes its centre."""
-        conditions = torch.cat([x.to(self.states[-1].dtype) for x in self.states], dim=1)  # (G, C, H)
-        return [self._finish(row, conditions, generator) for row, generator in enumerate(generators)]
+        start = self.model.model.start[None, None]
+        states = torch.cat([start[:, :0], *self.states], dim=1).split(self.num_patches, dim=1)
+        parts = [
+            self._finish(row, torch.cat([start.to(x.dtype), x], dim=1), generator)
+            for row, (x, generator) in enumerate(zip(states, generators, strict=True))
+        ]
+        last = torch.cat([part[0] for part in parts])
+        # one product for all rows: reading the matrix is what takes long
+        logits = (last if self.model.config.decoder_type == "parallel" else self.model.lm_head(last)).float()
+        return [
+            RowState(grid.shape[1], count, fixed, placed, row[None])
+            for grid, count, (_, fixed, placed), row in zip(self.grids, self.num_patches, parts, logits, strict=True)
+        ]
 
-    def _finish(self, row: int, conditions: torch.Tensor, generator: torch.Generator | None) -> RowState:
-        config, patch_size = self.model.config, self.model.config.patch_size
-        length, num_patches = self.lengths[row], self.num_patches[row]
-        conditions = conditions[row : row + 1, : num_patches + 1]
+    def _finish(
+        self, row: int, conditions: torch.Tensor, generator: torch.Generator | None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """`fixed`, `placed` and before them what the last token's logits are made of; of a parallel decoder, they."""
+        config, patch_size, grid = self.model.config, self.model.config.patch_size, self.grids[row]
+        length, num_patches = grid.shape[1], self.num_patches[row]
+        first = sum(self.num_patches[:row])
+        mine = slice(first, first + num_patches)
         placed: dict[str, torch.Tensor] = {}
         for number, layer in enumerate(self.cache.layers):
             if getattr(layer, "keys", None) is not None:
-                placed[f"key{number}"] = layer.keys[row : row + 1, :, :num_patches]
-                placed[f"value{number}"] = layer.values[row : row + 1, :, :num_patches]
-        begun = num_patches * patch_size
-        fixed = {"pending_ids": self.input_ids[row : row + 1, begun : begun + patch_size].clone()}
+                placed[f"key{number}"] = layer.keys[:, :, mine]
+                placed[f"value{number}"] = layer.values[:, :, mine]
+        pending = grid[:, num_patches * patch_size :]
+        fixed = {"pending_ids": torch.nn.functional.pad(pending, (0, patch_size - pending.shape[1]))}
         if config.decoder_type == "parallel":
             latents = sample_latents(self.model, conditions[:, -1:], [generator])
             fixed["patch_logits"] = self.model._patch_logits(self.model._decode_parallel(latents))
-            return RowState(length, num_patches, fixed, placed, fixed["patch_logits"][:, 0].float())
+            return fixed["patch_logits"][:, 0], fixed, placed
 
         decoder = self.model.decoder
         start = max(0, (length - decoder.reach - patch_size) // patch_size * patch_size)
         latents = sample_latents(self.model, conditions[:, start // patch_size :], [generator])
-        ids = self.input_ids[row : row + 1, start:length]
-        hidden, inputs, windows, memory = decoder(ids, None, latents, conditions, start)
+        hidden, inputs, windows, memory = decoder(grid[:, start:], None, latents, conditions, start)
         keep, taps = decoder.window - 1, decoder.convolution.size - 1
         known = min(keep, length - start)
         fixed["window_mask"] = torch.arange(keep, device=hidden.device)[None] >= keep - known
@@ -131,7 +149,7 @@ class Prefill:
                 fixed[f"window_{name}{number}"] = torch.nn.functional.pad(last, (0, 0, keep - known, 0))
         if memory is not None:
             placed["memory_key"], placed["memory_value"] = memory
-        return RowState(length, num_patches, fixed, placed, self.model.lm_head(hidden[:, -1]).float())
+        return hidden[:, -1], fixed, placed
 
 
 def sample_latents(model: Any, conditions: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Next tokens of many rows at once, each with its own temperature, cuts and seed. B rows, V vocabulary."""
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,42 +40,61 @@ def sample(logits: torch.Tensor, samplings: Sequence[Sampling], randoms: Sequenc
     Each row draws one number of its own generator, whoever else is there, and inverts the sum of its probabilities at
     it. So a seeded row's text does not depend on the crowd, but for the rounding of the logits themselves.
     """
-    greedy = logits.argmax(-1)
     drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if not drawn:
-        return greedy
+        return logits.argmax(-1)
     device, size = logits.device, logits.shape[1]
     chosen = [samplings[row] for row in drawn]
     numbers = torch.tensor([randoms[row].random() for row in drawn], device=device, dtype=torch.float64)
-    temperature = torch.tensor([sampling.temperature for sampling in chosen], device=device, dtype=logits.dtype)
     rows = None if len(drawn) == len(samplings) else torch.tensor(drawn, device=device)
-    scaled = (logits if rows is None else logits[rows]) / temperature[:, None]
+    taken = logits if rows is None else logits[rows]
+    temperature = torch.tensor([sampling.temperature for sampling in chosen], device=device, dtype=logits.dtype)[
+        :, None
+    ]
     cut = [place for place, one in enumerate(chosen) if one.top_p < 1 or 0 < one.top_k < size]
     if not cut:
-        tokens = _invert(scaled, numbers)
+        tokens = _invert(taken, temperature, numbers)
     elif len(cut) == len(chosen):
-        tokens = _invert_cut(scaled, numbers, chosen)
+        tokens = _invert_cut(taken, temperature, numbers, chosen)
     else:  # who asks for no cut does not pay for a sort
         index = torch.tensor(cut, device=device)
-        tokens = _invert(scaled, numbers)
-        tokens[index] = _invert_cut(scaled[index], numbers[index], [chosen[place] for place in cut])
-    return tokens if rows is None else greedy.index_copy(0, rows, tokens)
+        tokens = _invert(taken, temperature, numbers)
+        tokens[index] = _invert_cut(taken[index], temperature[index], numbers[index], [chosen[place] for place in cut])
+    return tokens if rows is None else logits.argmax(-1).index_copy(0, rows, tokens)
 
 
-def _invert(scaled: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """`(B, V)` logits and `(B,)` numbers in [0, 1) -> ids. The sum is searched in two steps, over blocks and then in
-    one block: a running sum over a whole vocabulary costs several times as much."""
-    rows, size = scaled.shape
-    block = max(1, round(size**0.5))
-    weights = (scaled - scaled.amax(-1, keepdim=True)).exp_()
-    weights = torch.nn.functional.pad(weights, (0, -size % block)).view(rows, -1, block)
-    sums = weights.sum(-1, dtype=torch.float64)
+def _weights(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """Probabilities but for their sum, which lies between 1 and V."""
+    return (logits - logits.amax(-1, keepdim=True)).div_(temperature).exp_()
+
+
+def _invert(logits: torch.Tensor, temperature: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """`(B, V)`, `(B, 1)` and `(B,)` numbers in [0, 1) -> ids.
+
+    The sum is searched in two steps, over blocks and then in one block: a running sum over a whole vocabulary costs
+    several times as much.
+    """
+    rows, size = logits.shape
+    block = _block_size(size)
+    weights = _weights(logits, temperature)
+    if size % block:
+        weights = torch.nn.functional.pad(weights, (0, -size % block))
+    weights = weights.view(rows, -1, block)
+    sums = weights.sum(-1).double()
     upto = sums.cumsum(-1)
     target = numbers[:, None] * upto[:, -1:]
     number = _place(upto, target)
     before = upto.gather(1, number) - sums.gather(1, number)
-    inner = weights[torch.arange(rows, device=scaled.device), number[:, 0]].double().cumsum(-1)
+    inner = weights[torch.arange(rows, device=logits.device), number[:, 0]].double().cumsum(-1)
     return (number * block + _place(inner, target - before))[:, 0]
+
+
+@functools.cache
+def _block_size(size: int) -> int:
+    """Near the root; one that divides, if there is one, since filling up copies everything."""
+    root = max(1, round(size**0.5))
+    near = range(root, max(1, root // 4), -1)
+    return next((block for block in near if not size % block), root)
 
 
 def _place(upto: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -83,15 +103,17 @@ def _place(upto: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return torch.minimum(place, (upto < upto[:, -1:]).sum(-1, keepdim=True))
 
 
-def _invert_cut(scaled: torch.Tensor, numbers: torch.Tensor, chosen: Sequence[Sampling]) -> torch.Tensor:
+def _invert_cut(
+    logits: torch.Tensor, temperature: torch.Tensor, numbers: torch.Tensor, chosen: Sequence[Sampling]
+) -> torch.Tensor:
     """The same among the likeliest tokens: of each row's `top_k`, and of these as many as reach the share `top_p`."""
-    device, size = scaled.device, scaled.shape[1]
+    device, size = logits.device, logits.shape[1]
     top_k = torch.tensor([min(one.top_k or size, size) for one in chosen], device=device)
     top_p = torch.tensor([one.top_p for one in chosen], device=device, dtype=torch.float64)
-    total = scaled.double().logsumexp(-1, keepdim=True)
+    total = _weights(logits, temperature).sum(-1, keepdim=True).double()
     for count in (min(LIKELIEST, size), size):  # most cuts lie among few tokens, and sorting all takes long
-        values, order = scaled.topk(count)
-        mass = (values.double() - total).exp().cumsum(-1)
+        values, order = logits.topk(count)
+        mass = (_weights(values, temperature).double() / total).cumsum(-1)
         last = top_k.clamp(max=count) - 1
         whole = torch.where(top_k < size, mass.gather(1, last[:, None])[:, 0], 1.0)
         reached = (mass < (top_p * whole)[:, None]).sum(-1)  # the token that reaches the share is the last one in

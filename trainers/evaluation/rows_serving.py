@@ -139,8 +139,10 @@ def load(context: Context, seconds: float = 300.0) -> Measured:
     folder, demo = random_student(context), demo_student(context)
     context.say("offline batches")
     ceilings = offline(folder)
-    best = max(ceilings.values())
     big = _load(context, folder, seconds)
+    # the machine's speed drifts in five minutes: before and after
+    ceilings = {batch: (ceilings[batch] + after) / 2 for batch, after in offline(folder).items()}
+    best, best_32 = max(ceilings.values()), max(speed for batch, speed in ceilings.items() if batch <= 32)
     ceilings_demo = offline(demo)
     small = _load(context, demo, seconds / 5)
     ratio = big["tokens_per_second"] / best
@@ -149,7 +151,8 @@ def load(context: Context, seconds: float = 300.0) -> Measured:
              for name, found in (("12 x 768", big), ("demo", small))}  # fmt: skip
     figure = (
         f"12 x 768: {big['tokens_per_second']:.0f} tokens/s, {ratio:.2f}x of offline's best ({best:.0f}, batch "
-        f"{max(ceilings, key=ceilings.__getitem__)}), {big['completed']} streams in {big['seconds']:.0f} s, "
+        f"{max(ceilings, key=ceilings.__getitem__)}), {big['tokens_per_second'] / best_32:.2f}x of its best at up to "
+        f"32 rows ({best_32:.0f}), {big['completed']} streams in {big['seconds']:.0f} s, "
         f"{wrong['12 x 768']} errors, lost or mixed up; demo: {small['tokens_per_second']:.0f} tokens/s, "
         f"{ratio_demo:.2f}x of {max(ceilings_demo.values()):.0f}, {wrong['demo']} errors"
     )
@@ -340,7 +343,8 @@ ROWS = [
         "0 errors, 0 lost or mixed-up streams; tokens/s >= 0.85x of offline batches (12 x 768); demo size reported",
         load,
         setup="K=4, V=32,000 (demo: K=8), random weights, prompts of 32 to 96 tokens and as many new ones, fp32; "
-        "offline: generate at batch 8 to 64, 64 tokens after 64, best batch; crowd of 32 compared with alone",
+        "offline: generate at batch 8 to 64, 64 tokens after 64, best batch, mean of before and after; "
+        "crowd of 32 compared with alone",
     ),
     Row(
         "first_token",
