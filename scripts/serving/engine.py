@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .patch_batch import PatchBatch, Prefill, room_for
+from .patch_batch import Noise, PatchBatch, Prefill, room_for
 from .sampling import Sampling, sample
 from .text import TextStream
 
@@ -131,7 +131,7 @@ class _Row:
     request: Request
     text: TextStream
     random: random.Random
-    generator: torch.Generator | None  # of an energy head's noise
+    noise: Noise | None  # of a head that reads it
     new: Output = field(default_factory=Output)
     finish_reason: str | None = None
 
@@ -228,6 +228,12 @@ class Engine:
             raise RequestRefused(
                 "This model draws a latent for each patch, and its tokens have no probability that could be computed: "
                 "leave logprobs out."
+            )
+        sampling = request.sampling
+        if self.model.is_aligned and (sampling.temperature not in (0, 1) or sampling.top_k):
+            raise RequestRefused(
+                "This model's noise chooses whole patches: top_p shapes it, temperature must be 0 (greedy) or 1, and "
+                "top_k must be left out."
             )
         if self._bytes_of(1, self._places(request)) > self.config.cache_bytes:
             raise RequestRefused(
@@ -406,19 +412,19 @@ class Engine:
     def _row_of(self, request: Request) -> _Row:
         self.observe("queue", time.monotonic() - request.submitted)
         seed = random.getrandbits(63) if request.seed is None else request.seed
-        generator = None
+        noise = None
         if self.model.head.noise_size and request.sampling.temperature > 0:
-            generator = torch.Generator()
-            generator.manual_seed(seed)
+            below = request.sampling.top_p if self.model.is_aligned else 1.0
+            noise = Noise(torch.Generator().manual_seed(seed), below)
         text = TextStream(self.tokenizer, request.prompt_ids, request.stop)
-        return _Row(request, text, random.Random(seed), generator)
+        return _Row(request, text, random.Random(seed), noise)
 
     def _join(self) -> None:
         assert self._prefill is not None
-        states = self._prefill.finish([row.generator for row in self._reading])
+        states = self._prefill.finish([row.noise for row in self._reading])
         with self._changed:
             self._batch.join(
-                states, [self._places(row.request) for row in self._reading], [row.generator for row in self._reading]
+                states, [self._places(row.request) for row in self._reading], [row.noise for row in self._reading]
             )
             self._rows += self._reading
             self.statistics.prompt_tokens += sum(len(row.request.prompt_ids) for row in self._reading)

@@ -84,6 +84,7 @@ def prompts(lengths=(1, 3, 4, 9, 30, 57, 6)):
         ("regression", "autoregressive", {}),
         ("energy", "autoregressive", {"decoder_memory": "none"}),
         ("regression", "parallel", {}),
+        ("aligned", "parallel", {}),
     ],
 )
 def test_rows_that_join_and_leave_get_what_generate_gives_them(head, decoder, kwargs, backbone):
