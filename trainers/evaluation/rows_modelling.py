@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data import DataArguments, load_blocks
 from ..verification import ROOT, Context, Measured, Row
-from .brier import summarize_brier
+from .brier import patch_outcomes, summarize_brier
 from .likelihood import exact_likelihood
 from .one_shot import IMPOSSIBLE, one_shot_figures
 from .patch_draws import brier_sums
 from .rows_main import books, books_table
-from .side_by_side import Run, SideBySide
+from .side_by_side import RECORDS, Run, SideBySide
 
 
 TEACHER = Run("token_lm", 4e-3)
@@ -101,6 +101,65 @@ def aligned(context: Context, num_rows: int = 64, positions: int = 20_000) -> Me
     return Measured(figure, passed, {**found, "teacher": own})
 
 
+# -- CALM at several patch sizes
+
+
+@torch.no_grad()
+def brier_of_texts(model: Any, rows: torch.Tensor, num_rows: int = 256, num_tokens: int = 4) -> dict[str, Any]:
+    """Brier-1..n of texts that `generate` goes on with, twice, after the first 64, 128, .. tokens of a row.
+
+    So models of any patch size are judged alike. An energy head draws latents, which are decoded to their likeliest
+    tokens.
+    """
+    rows = rows[:num_rows]
+    places = range(64, rows.shape[1] - num_tokens, 64)
+    sums = torch.zeros(len(rows), num_tokens, dtype=torch.float64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for place in places:
+            for part in torch.arange(len(rows)).split(64):
+                prompts = rows[part, :place].repeat(2, 1)
+                written = model.generate(
+                    prompts,
+                    attention_mask=torch.ones_like(prompts),
+                    max_new_tokens=num_tokens,
+                    do_sample=True,
+                    top_k=1,
+                    eos_token_id=-1,
+                )[:, place:]
+                targets = rows[part, place : place + num_tokens]
+                sums[part] += patch_outcomes(written[: len(part)], written[len(part) :], targets)
+    return summarize_brier(sums, torch.full((len(rows),), len(places)))
+
+
+def calm_shape(context: Context, patch_sizes: Sequence[int] = (1, 2, 4, 8)) -> Measured:
+    """CALM's head and decoder at several patch sizes: same text, tokens and backbone."""
+    work_dir = context.shared_dir / "python_2m"
+    table = SideBySide(
+        work_dir, "builtin:python", None, vocab_size=1024, num_tokens=2 * 10**6, say=context.say, records_dir=RECORDS
+    )
+    student = {"decoder_type": "parallel", "head_config": {"head_type": "energy"}}
+    weights = {"ce_weight": 0.0, "energy_weight": 1.0}
+    runs = {k: Run("student", 4e-3, 0, k, student, weights, None, table.codec(k)) for k in patch_sizes}
+    table.results(list(runs.values()))
+    rows = whole_rows(table)
+    found: dict[str, Any] = {}
+    for k, run in runs.items():
+        path = context.work_dir / f"{table.name(run)}.json"
+        if not path.exists():
+            table.say(f"texts of {table.name(run)}")
+            path.write_text(json.dumps(brier_of_texts(table.load(run).eval(), rows)) + "\n")
+        found[str(k)] = json.loads(path.read_text()) | {"seconds": table.result(run)["seconds"]}
+    scores = {k: one["brier_lm"] for k, one in found.items()}
+    figure = "; ".join(
+        f"K={k}: BrierLM {one['brier_lm']:.2f} ({one['brier_lm_interval'][0]:.2f} to "
+        f"{one['brier_lm_interval'][1]:.2f}), Brier-1 {one['brier'][0]:.2f} %, {one['seconds']:.0f} s"
+        for k, one in found.items()
+    )
+    best = max(scores, key=scores.__getitem__)
+    return Measured(f"best at K={best}; {figure}{table.provenance()}", best == "4", found)
+
+
 # -- from a teacher
 
 
@@ -169,6 +228,15 @@ ROWS = [
         long=True,
         setup=f"{BOOKS}, rate 4e-3; teacher: the token LM of 4 x 256 on the same text, in process; impossible: a "
         f"token of the sampled patch has less than {IMPOSSIBLE:g} by the teacher; Brier at 20,000 places",
+    ),
+    Row(
+        "calm_shape",
+        "energy head x frozen parallel decoder at K=1, 2, 4, 8",
+        "CALM's shape: K=4 best, K=8 worse",
+        calm_shape,
+        long=True,
+        setup="4 x 256, V=1024, builtin:python, 2 M tokens, rate 4e-3, seed 0; codecs of latent size 32 K, 500 steps; "
+        "Brier-1..4 of 4 tokens by `generate` at 7 places of 256 rows",
     ),
     Row(
         "from_teacher_k4",
