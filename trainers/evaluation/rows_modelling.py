@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..data import DataArguments, load_blocks
 from ..verification import ROOT, Context, Measured, Row
 from .brier import patch_outcomes, summarize_brier
+from .defaults import faults
 from .likelihood import exact_likelihood
 from .one_shot import IMPOSSIBLE, one_shot_figures
 from .patch_draws import brier_sums
@@ -218,8 +219,23 @@ def from_teacher(context: Context, patch_size: int = 4, steps: int = 610, limit:
     return Measured(figure, nll["student"] - nll["teacher"] <= limit, {"curve": curve, **nll})
 
 
+# -- defaults
+
+
+def defaults(context: Context) -> Measured:
+    found = faults(ROOT / "docs")
+    return Measured("every default has its source" if not found else "; ".join(found), not found)
+
+
 BOOKS = "4 x 256, V=4096, books, 5 M tokens, seed 0, bf16 autocast"
 ROWS = [
+    Row(
+        "defaults",
+        "defaults of the configuration classes that point to their table",
+        "all",
+        defaults,
+        setup="docs/defaults.md against the classes and the headings of docs/experiments.md",
+    ),
     Row(
         "aligned",
         "aligned head against energy head, frozen parallel decoder, K=4, equal training time",
