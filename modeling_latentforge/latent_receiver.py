@@ -9,6 +9,7 @@ BOS comes first (it is where attention rests), the prompt stays text, and what f
 piece, so that the answer's first token is the one that a model of text would write.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,6 +132,7 @@ class Receiver:
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.template = template or Template()
         self.shape = ReceiverShape.of(model)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
     def device(self) -> torch.device:
@@ -261,13 +263,31 @@ class Receiver:
     ) -> torch.Tensor:
         """`(B, T, V)`; gradients pass through to the injection, none to the model."""
         with self.adapted(injection, bridge):
-            return self.model(
-                inputs_embeds=batch.inputs_embeds,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                past_key_values=batch.past_key_values,
-                use_cache=batch.past_key_values is not None,
-            ).logits
+            return self._run(batch)
+
+    def _run(self, batch: ComposedBatch, logits_to_keep: int = 0) -> torch.Tensor:
+        options = {"logits_to_keep": logits_to_keep} if logits_to_keep and self._keeps_logits else {}
+        return self.model(
+            inputs_embeds=batch.inputs_embeds,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            past_key_values=batch.past_key_values,
+            use_cache=batch.past_key_values is not None,
+            **options,
+        ).logits
+
+    def answer_logits(
+        self, injection: Injection | None, batch: ComposedBatch, bridge: LatentBridge | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits `(B, A, V)` of the answers' tokens, and these `(B, A)`, -100 behind them."""
+        assert batch.labels is not None
+        count = int((batch.labels != IGNORED).sum(1).max())
+        with self.adapted(injection, bridge):  # rows end with their answers
+            logits = self._run(batch, logits_to_keep=count + 1)[:, -count - 1 : -1]
+        targets = batch.labels[:, -count:]
+        # from the end to the beginning of the row
+        order = (targets == IGNORED).sort(dim=1, stable=True).indices
+        return logits.gather(1, order[..., None].expand_as(logits)), targets.gather(1, order)
 
     @torch.no_grad()
     def score(
@@ -279,9 +299,8 @@ class Receiver:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each answer with its EOS, in nats, `(B,)`, and its tokens `(B,)`."""
         batch = self.compose(injection, prompts, answers)
-        assert batch.labels is not None
-        losses = answer_nll(self.logits(injection, batch, bridge), batch.labels)
-        return -losses.sum(1), (batch.labels != IGNORED).sum(1)
+        logits, targets = self.answer_logits(injection, batch, bridge)
+        return -answer_nll(logits, targets).sum(1), (targets != IGNORED).sum(1)
 
     @torch.no_grad()
     def generate(
@@ -301,12 +320,7 @@ class Receiver:
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def answer_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Negative log-probability of every token of the answer, in nats, `(B, T - 1)`, 0 elsewhere.
-
-    Place t of `logits (B, T, V)` speaks of token t + 1 of `labels (B, T)`; no model shifts them a second time.
-    """
-    targets = labels[:, 1:]
-    return nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-    )
+def answer_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-probability of every token of the answers, in nats, `(B, A)`: of `answer_logits (B, A, V)` and
+    `answer_ids (B, A)`; 0 behind the answers."""
+    return nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")

@@ -24,16 +24,20 @@ from .latent_bridge import Injection, LatentBridge, ReceiverShape
 from .latent_encoder import LatentEncoder, LatentPoolingBlock
 from .latent_packet import Packet
 from .latent_quantizer import LatentQuantizer
-from .latent_receiver import Receiver, Template, answer_nll
+from .latent_receiver import Receiver, Template
 from .modeling_autoencoder import CompleteCheckpointMixin
 
 
 @dataclass
 class LatentForgeWireOutput(ModelOutput):
-    """`last_hidden_state`: latents `(B, M, D)` as a receiver gets them; `latent_mask (B, M)`: which are there."""
+    """`last_hidden_state`: latents `(B, M, D)` as a receiver gets them; `latent_mask (B, M)`: which are there. With a
+    receiver and answers: `answer_logits (B, A, V)`, what it says about each of the answers' A tokens, and `answer_ids
+    (B, A)`, these, EOS included, -100 behind them."""
 
     last_hidden_state: torch.FloatTensor | None = None
-    latent_mask: torch.BoolTensor | None = None
+    latent_mask: torch.Tensor | None = None
+    answer_logits: torch.FloatTensor | None = None
+    answer_ids: torch.LongTensor | None = None
 
 
 class LatentForgeWire(CompleteCheckpointMixin, PreTrainedModel):
@@ -196,19 +200,34 @@ class LatentForgeWire(CompleteCheckpointMixin, PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         num_latents: int | None = None,
         quantized: bool = True,
+        receiver: str | None = None,
+        prompts: Sequence[str] | None = None,
+        answers: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> LatentForgeWireOutput:
         """Latents of texts, as a receiver gets them; see [`LatentEncoder.forward`].
 
         Args:
             quantized: False: as they are before the quantizer.
+            receiver, prompts, answers: also ask this receiver about the answers, one prompt and one answer a text.
+
+        Raises:
+            ValueError: one of `receiver`, `prompts` and `answers` without the others; see also [`Receiver.compose`].
         """
+        if len({receiver is None, prompts is None, answers is None}) > 1:
+            raise ValueError(
+                "`receiver`, `prompts` and `answers` go together: give all three, or none for the latents."
+            )
         latents, mask = self.encoder(input_ids, attention_mask, num_latents)
         for layer in self.refiner:
             latents = layer(latents, latents, mask[:, None])
         if quantized:
             latents = self.quantizer(latents)
-        return LatentForgeWireOutput(last_hidden_state=latents * mask[..., None], latent_mask=mask)
+        output = LatentForgeWireOutput(last_hidden_state=latents * mask[..., None], latent_mask=mask)
+        if receiver is not None:
+            assert prompts is not None and answers is not None
+            output.answer_logits, output.answer_ids = self.ask(receiver, output, prompts, answers)
+        return output
 
     def encode(self, texts: Sequence[str], num_latents: int | None = None) -> LatentForgeWireOutput:
         """[`forward`] of texts."""
@@ -243,19 +262,15 @@ class LatentForgeWire(CompleteCheckpointMixin, PreTrainedModel):
         """What the receiver's model is given in the place of the text."""
         return self.bridges[name](message.last_hidden_state, message.latent_mask)
 
-    def answer_loss(
-        self,
-        name: str,
-        message: LatentForgeWireOutput | Injection,
-        prompts: Sequence[str],
-        answers: Sequence[str],
+    def ask(
+        self, name: str, message: LatentForgeWireOutput | Injection, prompts: Sequence[str], answers: Sequence[str]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Nats of every token of the answers, EOS included, `(B, T)`, and which places are tokens `(B, T)`."""
+        """What a receiver says about each token of the answers, EOS included: logits `(B, A, V)`, and these tokens
+        `(B, A)`, -100 behind them."""
         receiver = self.receiver(name)
         injection = message if isinstance(message, Injection) else self.inject(name, message)
         batch = receiver.compose(injection, prompts, answers)
-        losses = answer_nll(receiver.logits(injection, batch, self.bridges[name]), batch.labels)
-        return losses, batch.labels[:, 1:] != -100
+        return receiver.answer_logits(injection, batch, self._bridge(name))
 
     def score(
         self, name: str, message: LatentForgeWireOutput, prompts: Sequence[str], answers: Sequence[str]

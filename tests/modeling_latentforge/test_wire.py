@@ -128,15 +128,19 @@ def test_the_loss_is_the_next_tokens_cross_entropy_once(kind):
     """Shifted twice, a model is trained to say the token after the next: the published wire's main fault."""
     reader = receiver(kind)
     batch = reader.compose(reader.text_injection(CONTEXTS[:1]), PROMPTS[:1], ANSWERS[:1])
-    logits = reader.logits(None, batch)
     own = reader.model(inputs_embeds=batch.inputs_embeds, labels=batch.labels).loss
+    logits, targets = reader.answer_logits(None, batch)
     count = int((batch.labels != IGNORED).sum())
-    torch.testing.assert_close(answer_nll(logits, batch.labels).sum() / count, own)
-    logits = logits.detach().requires_grad_()
-    answer_nll(logits, batch.labels).sum().backward()
-    touched = (logits.grad.abs().sum(-1) > 0)[0]
-    answer = batch.labels[0] != IGNORED
-    assert torch.equal(touched[:-1], answer[1:]) and not touched[-1]
+    torch.testing.assert_close(answer_nll(logits, targets).sum() / count, own)
+    # of several rows: each answer stands at the beginning, and each logit speaks of its own token
+    batch = reader.compose(reader.text_injection(CONTEXTS), PROMPTS, ANSWERS)
+    logits, targets = reader.answer_logits(None, batch)
+    whole = reader.logits(None, batch)
+    for row in range(3):
+        places = (batch.labels[row] != IGNORED).nonzero()[:, 0]
+        assert targets[row, : len(places)].tolist() == batch.labels[row, places].tolist()
+        assert (targets[row, len(places) :] == IGNORED).all()
+        torch.testing.assert_close(logits[row, : len(places)], whole[row, places - 1])
 
 
 @pytest.mark.parametrize(
@@ -267,8 +271,8 @@ def test_a_packet_is_read_as_the_message_was(quantizer):
 def test_gradients_reach_all_that_is_trained_and_nothing_of_the_receiver(mode):
     """A receiver that learns is no longer the one that everybody else has."""
     model = wire(mode, num_refiner_layers=1).train()
-    losses, places = model.answer_loss("llama", model.encode(CONTEXTS), PROMPTS, ANSWERS)
-    (losses.sum() / places.sum()).backward()
+    output = model(*model.ids_of(CONTEXTS), receiver="llama", prompts=PROMPTS, answers=ANSWERS)
+    answer_nll(output.answer_logits, output.answer_ids).sum().backward()
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     # tokens of other texts, and what no bridge of this mode reads
     assert not [name for name in missing if "embed" not in name], missing
@@ -307,7 +311,9 @@ def test_wrong_use_is_told():
     with pytest.raises(ValueError, match="rows \\[1\\] are empty"):
         model.encode(["a", ""])
     with pytest.raises(ValueError, match="answers of rows \\[0\\] are empty"):
-        model.answer_loss("llama", model.encode(["a"]), ["b"], [" "])
+        model.ask("llama", model.encode(["a"]), ["b"], [" "])
+    with pytest.raises(ValueError, match="go together"):
+        model(*model.ids_of(["a"]), receiver="llama")
     with pytest.raises(ValueError, match="give one of each per row"):
         model.generate("llama", model.encode(["a"]), ["b", "c"])
     with pytest.raises(ValueError, match="belongs to the answer"):
