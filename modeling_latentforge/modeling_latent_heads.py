@@ -149,7 +149,8 @@ class LatentForgeAlignedHead(LatentForgeNoiseHead):
 
     A teacher draws a token by inverting the sum of its probabilities, sorted from the likeliest on, at u. Given text,
     u is drawn from the token's own interval; then condition and numbers fix the patch, and all its tokens can be
-    predicted at once by cross-entropy. Numbers below p are nucleus sampling with `top_p` p, zeros are greedy.
+    predicted at once by cross-entropy. Numbers below p are nucleus sampling with `top_p` p, but that the last token
+    of the nucleus keeps only its part below p; zeros are greedy.
     """
 
     def __init__(self, config: LatentForgeConfig):

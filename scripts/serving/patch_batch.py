@@ -100,7 +100,7 @@ class Prefill:
         if len(self.num_patches) > 1:
             places = torch.arange(end, device=embeds.device)
             seen = (self.owners[begin:end, None] == self.owners[:end]) & (places[begin:, None] >= places)
-            seen = seen[None, None]
+            seen = backbone_mask(self.model, seen[None, None])
         positions = self.positions[None, begin:end]
         self.states.append(self.model.model(embeds, seen, positions, self.cache, use_cache=True))
         self.done = end
@@ -157,6 +157,13 @@ class Prefill:
         if memory is not None:
             placed["memory_key"], placed["memory_value"] = memory
         return hidden[:, -1], fixed, placed
+
+
+def backbone_mask(model: Any, seen: torch.Tensor) -> torch.Tensor:
+    """`seen (..., queries, keys)` as the backbone takes it: eager attention adds its mask, and True would be a 1."""
+    if model.model.backbone.config._attn_implementation != "eager":
+        return seen
+    return torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, torch.finfo(model.dtype).min)
 
 
 def sample_latents(model: Any, conditions: torch.Tensor, noises: Sequence[Noise | None]) -> torch.Tensor:
@@ -239,8 +246,8 @@ class PatchBatch:
 
     @property
     def num_bytes(self) -> int:
-        """Of what grows with rows and patches."""
-        return sum(x.numel() * x.element_size() for x in self.placed.values())
+        """Of what grows with rows and patches; other threads may ask while it grows."""
+        return sum(x.numel() * x.element_size() for x in list(self.placed.values()))
 
     def store(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """The `(rows, h, P, d)` of a name; made when first asked for."""
@@ -351,7 +358,8 @@ class PatchBatch:
         embeds = self.model._embed_patches(self.fixed["pending_ids"][:, None], None)
         # a row that has ended goes on to the end of its patch
         self.reserve(self.num_rows, max(*self.places, self.width + 1))
-        condition = self.model.model(embeds, self.seen, self.num_patches[:, None], self.cache, use_cache=True)
+        seen = backbone_mask(self.model, self.seen)
+        condition = self.model.model(embeds, seen, self.num_patches[:, None], self.cache, use_cache=True)
         self.num_patches = self.num_patches + 1
         latents = sample_latents(self.model, condition, self.noises)
         if self.model.config.decoder_type == "parallel":

@@ -208,7 +208,8 @@ class DenseSignal(TeacherSignal):
 
     def choice_interval(self, index: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.logits(index)[:, : self.num_tokens]
-        return choice_interval(logits, ids.to(logits.device))
+        # an id that the teacher does not know, padding say, is asked about by nobody
+        return choice_interval(logits, ids.to(logits.device).clamp(max=logits.shape[1] - 1))
 
 
 def _identity(logits: torch.Tensor) -> torch.Tensor:
