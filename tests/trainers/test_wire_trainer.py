@@ -70,6 +70,7 @@ def right_answers(model, message, rows):
     return sum(text == row["answers"][0] for text, row in zip(texts, rows, strict=True)) / len(rows)
 
 
+@pytest.mark.slow
 def test_latents_come_to_carry_the_answer_and_nothing_else_does(reader, tmp_path):
     """A wire whose right answers stay right with another text's latents has taught its bridge the answers."""
     rows, before = rooms(0), fingerprint(reader.model)
