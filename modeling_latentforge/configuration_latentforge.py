@@ -15,26 +15,29 @@ class LatentHeadConfig(PreTrainedConfig):
     """The head: what is known before a patch -> the patch's latent.
 
     Args:
-        head_type: `regression` (one vector) or `energy` (noise in, energy score as loss; CALM, arXiv 2510.27688,
-            section 3.2).
+        head_type: `regression` (one vector), `energy` (noise in, energy score as loss; CALM, arXiv 2510.27688,
+            section 3.2), or `aligned` (the noise is a number per token of the patch, its place among a teacher's
+            choices; arXiv 2512.21323; for parallel decoders).
         num_layers: residual MLP blocks.
         intermediate_size: width inside a block; default twice the backbone's hidden size.
         noise_size: numbers of uniform noise that an energy head reads.
         num_samples: latents drawn per patch for the energy score, at least 2.
         num_targets: draws from the codec's posterior per patch for the energy score.
         exponent: power of the distance in the energy score; a proper score for 0 < exponent < 2.
+        num_frequencies: octaves of sine and cosine in which an aligned head reads each number.
     """
 
     model_type = "latentforge_head"
     base_config_key = "head_config"
 
-    head_type: Literal["regression", "energy"] = "regression"
+    head_type: Literal["regression", "energy", "aligned"] = "regression"
     num_layers: int = 1
     intermediate_size: int | None = None
     noise_size: int = 64
     num_samples: int = 8
     num_targets: int = 16
     exponent: int | float = 1.0
+    num_frequencies: int = 6
 
     def __post_init__(self, **kwargs):
         check_fields(kwargs, self.__dataclass_fields__)
@@ -54,6 +57,8 @@ class LatentHeadConfig(PreTrainedConfig):
                     "An energy head needs `num_samples` >= 2, `num_targets` >= 1 and `noise_size` >= 1, got "
                     f"{self.num_samples}, {self.num_targets} and {self.noise_size}."
                 )
+        if self.num_frequencies < 0:
+            raise ValueError(f"`head_config.num_frequencies` must not be negative, got {self.num_frequencies}.")
 
 
 def _build_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
@@ -181,6 +186,11 @@ class LatentForgeConfig(PreTrainedConfig):
                 setattr(self, name, getattr(self.autoencoder_config, name))
 
     def validate_decoder(self):
+        if self.decoder_type == "autoregressive" and self.head_config.head_type == "aligned":
+            raise ValueError(
+                "`head_config.head_type='aligned'` chooses the tokens of a whole patch, and an autoregressive decoder "
+                "chooses them one by one: set `decoder_type='parallel'`, or take a regression head."
+            )
         if self.decoder_type == "autoregressive" and self.decoder_hidden_size is not None:
             if self.train_decoder:
                 raise ValueError(

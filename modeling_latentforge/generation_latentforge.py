@@ -49,6 +49,9 @@ class LatentGenerationMixin(GenerationMixin):
     """`generate()` for students. Hooks `_sample`, `_prepare_generation_config`, `_prepare_cache_for_generation`
     (private in transformers: setup.cfg bounds the version).
 
+    An aligned head's noise chooses the tokens: `do_sample=True` with `top_p` keeps it below p, `do_sample=False` sets
+    it to zero, and every other option that reshapes probabilities is refused.
+
     An energy head with a parallel decoder gives patches a distribution P(x) that no temperature on tokens sharpens.
     For it `generate`, and a GenerationConfig, take three more options:
 
@@ -83,6 +86,8 @@ class LatentGenerationMixin(GenerationMixin):
             setattr(result, name, default if value is None else value)
         if result.patch_temperature is not None:
             # transformers fills in 50 where nobody asked
+            result.top_k = next((value for value in top_k if value is not None), 0)
+        if self.is_aligned:
             result.top_k = next((value for value in top_k if value is not None), 0)
         check_patch_options(result.patch_sampling, result.max_draws)
         return result, model_kwargs
@@ -170,14 +175,30 @@ class LatentGenerationMixin(GenerationMixin):
             kwargs["patch_offset"] = -input_ids.shape[1] % self.config.patch_size
         if kwargs.get("sample_noise") is None:
             kwargs["sample_noise"] = bool(generation_config.do_sample)
+            if self.is_aligned and generation_config.do_sample:
+                kwargs["sample_noise"] = self._noise_below(generation_config)
         if kwargs["sample_noise"] and self.head.noise_size and not kwargs.get("use_cache", True):
             raise ValueError(
-                "Sampling from an energy head needs the cache: without it every token of a patch would be "
+                "Sampling from a head that reads noise needs the cache: without it every token of a patch would be "
                 "decoded from another latent. Leave `use_cache` on, or set `do_sample=False`."
             )
         if getattr(generation_config, "patch_temperature", None) is not None:
             kwargs["patch_sampling"] = self._patch_sampling(input_ids, generation_config, kwargs)
         return kwargs
+
+    def _noise_below(self, generation_config) -> float:
+        """LatentForge specific: `top_p`, which an aligned head's noise stays below."""
+        for name, neutral in TOKEN_OPTIONS.items():
+            value = getattr(generation_config, name, None)
+            if name != "top_p" and value is not None and value != neutral:
+                raise ValueError(
+                    f"`{name}` ({value}) reshapes probabilities of tokens, and an aligned head's noise chooses whole "
+                    f"patches: use `top_p`, or `do_sample=False` for greedy, and set `{name}` to {neutral}."
+                )
+        top_p = 1.0 if generation_config.top_p is None else float(generation_config.top_p)
+        if not 0 < top_p <= 1:
+            raise ValueError(f"`top_p` must lie in (0, 1], got {top_p}: `do_sample=False` is greedy.")
+        return top_p
 
     def _patch_sampling(self, input_ids, generation_config, kwargs: dict) -> PatchSampling:
         """LatentForge specific: what `patch_temperature` asks for. Raises ValueError where it cannot be had."""
@@ -190,6 +211,8 @@ class LatentGenerationMixin(GenerationMixin):
                 f"{asked}is for parallel decoders. This one is autoregressive and knows every token's probability: "
                 "use `temperature`, `top_k`, `top_p`, which are exact."
             )
+        if self.is_aligned:
+            raise ValueError(f"{asked}is for energy heads. An aligned head's noise takes `top_p`{off}")
         if not self.head.noise_size:
             raise ValueError(
                 f"{asked}is for energy heads. With this regression head the tokens of a patch are independent given "

@@ -213,6 +213,11 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         self.autoencoder.requires_grad_(False)
         self.post_init()
 
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the head's noise is the choice of tokens itself."""
+        return self.config.head_config.head_type == "aligned"
+
     # -- construction
 
     @classmethod
@@ -479,12 +484,14 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         start = start.to(states.dtype)
         return torch.cat([start, torch.where(count[..., None] > 0, states, start)], dim=1), patch_mask
 
-    def sample_latents(self, condition: torch.Tensor, sample_noise: bool = False) -> torch.Tensor:
+    def sample_latents(self, condition: torch.Tensor, sample_noise: bool | float = False) -> torch.Tensor:
         """`(B, C, H)` -> latents `(B, C, D)`. A head that reads noise gets fresh noise, or its centre without
-        `sample_noise`."""
+        `sample_noise`; an aligned head noise below `sample_noise`."""
         noise = None
         if sample_noise and self.head.noise_size:
             noise = self.head.draw_noise(condition.shape[:-1], condition)
+            if self.is_aligned:
+                noise = noise * float(sample_noise)
         return self.head.sample(condition, noise)
 
     def _decode_parallel(self, latents: torch.Tensor) -> torch.Tensor:
@@ -493,9 +500,19 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         return decoder(latents.to(decoder.from_latent.weight.dtype)).flatten(1, 2)
 
     def _patch_logits(self, vectors: torch.Tensor) -> torch.Tensor:
-        """`(B, K, hidden_size of the codec)` -> logits `(B, K, V)`."""
+        """`(B, K, hidden_size of the codec)` -> logits `(B, K, V)`. An aligned head's noise has chosen the tokens
+        already: its logits are sure of them."""
         logits = project_few(self.get_output_embeddings(), vectors.flatten(0, 1))
-        return logits.contiguous().unflatten(0, vectors.shape[:2])
+        logits = logits.contiguous().unflatten(0, vectors.shape[:2])
+        if not self.is_aligned:
+            return logits
+        return (logits.float().log_softmax(-1) - SURE).scatter_(2, logits.argmax(-1, keepdim=True), 0.0)
+
+    def _noise_of_patches(self, noise: torch.Tensor, grid: Grid, num_conditions: int) -> torch.Tensor:
+        """`(B, T)` a token -> `(B, C, K)`; 0 where the grid has no token."""
+        on_grid = self._on_grid(noise, grid, 0)
+        missing = num_conditions * self.config.patch_size - on_grid.shape[1]
+        return nn.functional.pad(on_grid, (0, missing)).unflatten(1, (num_conditions, self.config.patch_size))
 
     def draws(self, condition: torch.Tensor) -> LazyDraws:
         """Independent patches of a parallel decoder, given the conditions `(B, H)` of its rows."""
@@ -536,7 +553,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         patch_offset: int | None = None,
-        sample_noise: bool | None = None,
+        sample_noise: bool | float | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         loss_weights: Mapping[str, float] | None = None,
         distillation: TokenLoss | SparseTargets | None = None,
@@ -544,6 +561,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         output_logits: bool = True,
         inputs_embeds: torch.Tensor | None = None,
         patch_sampling: PatchSampling | None = None,
+        aligned_noise: torch.Tensor | None = None,
         **kwargs,
     ) -> LatentForgeOutput:
         """Predict the next token at every position.
@@ -557,7 +575,8 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             logits_to_keep: only the last so many positions get logits, 0 means all; or the places of those that do.
             patch_offset: parallel decoders: places missing left of the first patch, 0 to K - 1. Default: the grid ends
                 with the row.
-            sample_noise: whether a head that reads noise gets random noise (default: in training) or its centre.
+            sample_noise: whether a head that reads noise gets random noise (default: in training) or its centre; for
+                an aligned head also a share p: noise below p, which is nucleus sampling.
             num_items_in_batch: predicted tokens that all losses are divided by; default, those of this batch.
             loss_weights: weight of each part, `ce`, `kd`, `mse`, `energy`. Default: `ce`, for an energy head `energy`,
                 and both with an autoregressive decoder.
@@ -568,6 +587,8 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             output_logits: False, with labels: logits are never made whole.
             patch_sampling: parallel decoders with a cache: the next patch is sampled here, and its tokens' logits are
                 sure of it. `generate(patch_temperature=...)` passes it.
+            aligned_noise: `(B, T)` in [0, 1), for an aligned head: each token's place among a teacher's choices. The
+                loss needs it; the logits are then those of the patches that these numbers stand for.
 
         `loss` sums parts in nats per token; `mse` is the mean over D of the squared error to the codec's mean,
         `energy` the energy score, both of a patch and weighted by its predicted tokens.
@@ -594,6 +615,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             and past_key_values is None
             and self.config.decoder_type == "parallel"
             and self.head.noise_size
+            and not self.is_aligned
             and not (self.training or torch.compiler.is_compiling())
         ):
             logger.warning_once(
@@ -601,6 +623,17 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 "those of greedy decoding, and no likelihood of what sampling writes, which can be drawn from and not "
                 "computed. Judge samples instead (Brier scores), or pass `sample_noise=False` where this is meant."
             )
+        if (aligned_noise is not None) != (self.is_aligned and labels is not None):
+            if aligned_noise is None:
+                raise ValueError(
+                    "An aligned head learns what a teacher's noise stands for: with `labels` it needs "
+                    "`aligned_noise (B, T)`, which KDTrainer takes from its teacher."
+                )
+            if not self.is_aligned or use_cache:
+                raise ValueError(
+                    f"`aligned_noise` is for aligned heads, without a cache; this head is "
+                    f"`{self.config.head_config.head_type}`."
+                )
         sample_noise = self.training if sample_noise is None else sample_noise
         # Trainer switches off only the top config's use_cache: no cache is built while learning
         use_cache = (
@@ -647,7 +680,12 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             hidden = None
             fill = partial(self._fill_parallel_cache, cache, grid, length, self._decode_parallel(latents), patch_mask)
         else:
-            latents = self.sample_latents(conditions, sample_noise)
+            if aligned_noise is None:
+                latents = self.sample_latents(conditions, sample_noise)
+            else:
+                latents = self.head.sample(
+                    conditions, self._noise_of_patches(aligned_noise, grid, conditions.shape[1])
+                )
             vectors = self._decode_parallel(latents)
             hidden = vectors[:, 1 : grid.input_ids.shape[1] + 1]  # place t predicts token t + 1
             fill = partial(self._fill_parallel_cache, cache, grid, length, vectors, patch_mask)

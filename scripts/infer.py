@@ -75,8 +75,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     model.to(device).eval()
     head = getattr(model.config, "head_config", None)
-    if head is not None and head.head_type == "energy" and arguments.temperature and not arguments.use_kv_cache:
-        raise ValueError("an energy head samples with its cache only: drop --no_use_kv_cache, or set --temperature 0")
+    if head is not None and head.head_type != "regression" and arguments.temperature and not arguments.use_kv_cache:
+        raise ValueError(
+            f"a head of type {head.head_type} samples with its cache only: drop --no_use_kv_cache, or set "
+            "--temperature 0"
+        )
     if not arguments.interactive:
         _continue(arguments.prompt, arguments, model, tokenizer)
         return

@@ -115,12 +115,17 @@ class StudentArguments:
         default=None, metadata={"help": "Factor on a patch's token embeddings. Default: 16, or 1 with a teacher's."}
     )
 
-    head_type: Literal["regression", "energy"] = "regression"
+    head_type: Literal["regression", "energy", "aligned"] = field(
+        default="regression", metadata={"help": "aligned: learns from a teacher's noise, for decoder_type parallel."}
+    )
     num_head_layers: int = field(default=1, metadata={"help": "Residual blocks of the head."})
     noise_size: int | None = field(default=None, metadata={"help": "energy: numbers of noise. Default: 64."})
     num_samples: int | None = field(default=None, metadata={"help": "energy: latents per patch. Default: 8."})
     num_targets: int | None = field(default=None, metadata={"help": "energy: codec draws per patch. Default: 16."})
     exponent: float | None = field(default=None, metadata={"help": "energy: power of the distance. Default: 1."})
+    num_frequencies: int | None = field(
+        default=None, metadata={"help": "aligned: octaves in which a number is read. Default: 6."}
+    )
 
     decoder_type: Literal["autoregressive", "parallel"] = "autoregressive"
     train_decoder: bool = field(default=False, metadata={"help": "parallel: train a copy of the codec's decoder."})
@@ -175,6 +180,7 @@ class StudentArguments:
         self._refuse(NEW_BACKBONE, self.init_from_teacher, "is about a new backbone: drop it, or init_from_teacher")
         self._refuse("lora_alpha lora_dropout", not self.lora_r, "is about LoRA: add lora_r")
         self._refuse(ENERGY_HEAD, self.head_type != "energy", "is about an energy head: add head_type energy")
+        self._refuse(ALIGNED_HEAD, self.head_type != "aligned", "is about an aligned head: add head_type aligned")
         parallel = self.decoder_type == "parallel"
         self._refuse(OWN_DECODER, parallel, "is about an autoregressive decoder, decoder_type is parallel: drop it")
         if self.layers is not None and not all(part.strip().isdigit() for part in self.layers.split(",")):
@@ -190,7 +196,8 @@ class StudentArguments:
         """The fields of `LatentForgeConfig` that are given here; what is None has the config's default."""
         names = f"input_mode decoder_type train_decoder embedding_multiplier {OWN_DECODER}".split()
         kwargs = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        head = {name: getattr(self, name) for name in ENERGY_HEAD.split() if getattr(self, name) is not None}
+        names = f"{ENERGY_HEAD} {ALIGNED_HEAD}".split()
+        head = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         kwargs["head_config"] = {"head_type": self.head_type, "num_layers": self.num_head_layers, **head}
         return kwargs
 
@@ -199,6 +206,7 @@ class StudentArguments:
 NEW_BACKBONE = "architecture hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size"
 BACKBONE_SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048}
 ENERGY_HEAD = "noise_size num_samples num_targets exponent"
+ALIGNED_HEAD = "num_frequencies"
 OWN_DECODER = (
     "num_decoder_layers decoder_hidden_size decoder_intermediate_size decoder_num_heads decoder_window "
     "decoder_conv_size decoder_memory decoder_output_size tie_word_embeddings"
@@ -230,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         )
     teacher = load_teacher(student_args, training_args, data_args.block_size, tokenizer, codec.config.vocab_size)
     writes = teacher is not None and not teacher.capabilities.scores_given_tokens
-    if teacher is not None and not writes and training_args.kd_weight == 0:
+    listens = training_args.kd_weight != 0 or student_args.head_type == "aligned"  # an aligned head, to its noise
+    if teacher is not None and not writes and not listens:
         print("kd_weight is 0: the student does not learn from the teacher's distributions.")
         teacher.close()
         teacher = None

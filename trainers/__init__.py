@@ -20,6 +20,8 @@ from .kd_config import KDConfig
 from .kd_trainer import KDTrainer
 from .token_lm import TokenLMConfig, TokenLMTrainer, build_token_lm
 from .tokenizer import train_tokenizer
+from .wire_config import WireConfig
+from .wire_trainer import WireCollator, WireTrainer
 
 
 del _accelerate, _datasets, _yaml
@@ -36,6 +38,9 @@ __all__ = [
     "TeacherCallback",
     "TokenLMConfig",
     "TokenLMTrainer",
+    "WireCollator",
+    "WireConfig",
+    "WireTrainer",
     "build_token_lm",
     "load_blocks",
     "load_texts",

@@ -215,6 +215,98 @@ class PatchCollator:
         }
 
 
+# ------------------------------------------------------------------------------------------------------------- readers
+
+
+def local_path(data: str) -> Path | None:
+    """The file or folder that `data` names; None where it reads like a Hub id.
+
+    Raises:
+        FileNotFoundError: it reads like a path, and there is nothing.
+    """
+    path = Path(data).expanduser()
+    if path.exists():
+        return path
+    if path.suffix in FOLDER_SUFFIXES or data.startswith((".", "/", "~")) or data.count("/") > 1:
+        raise FileNotFoundError(f"no file or folder {data!r} (working folder {os.getcwd()})")
+    return None
+
+
+def is_jsonl(path: str) -> bool:
+    return path.lower().endswith((".jsonl", ".ndjson"))
+
+
+def read_jsonl(path: str) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of every line that is not blank.
+
+    Raises:
+        ValueError: a line is not JSON (named by file and line number).
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:  # also no UTF-8, endless numbers, deep nesting
+                raise ValueError(f"{path}:{number}: not a line of JSON ({error})") from error
+            yield number, row
+
+
+def string_field(row: Any, name: str, remedy: str) -> str:
+    """The text in one field of a record.
+
+    Raises:
+        ValueError: no such field, no string, or no Unicode text. It names the field, the value and the remedy; who
+            calls says which record it is.
+    """
+    if not isinstance(row, dict) or name not in row:
+        found = f"fields {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise ValueError(f"no field {name!r}, found {found}: {remedy}")
+    text = row[name]
+    if not isinstance(text, str):
+        raise ValueError(f"field {name!r} must be a string, got {text!r:.60}: mend the line or {remedy}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON may name half an emoji
+        raise ValueError(f"field {name!r} cannot be written as UTF-8 ({error}): mend it") from error
+    return text
+
+
+def load_hub_split(
+    name: str, config: str | None, split: str, cache_dir: str | None = None, streaming: bool = False
+) -> Any:
+    """One split of a Hub dataset.
+
+    Raises:
+        ValueError: it could not be loaded.
+    """
+    try:
+        return datasets.load_dataset(name, config, split=split, cache_dir=cache_dir, streaming=streaming)
+    except Exception as error:
+        raise ValueError(
+            f"{name!r} is neither a file or folder here nor a Hub dataset that could be loaded "
+            f"(configuration {config}, split {split}): {type(error).__name__}: {error}"
+        ) from error
+
+
+def hash_position(key: str) -> float:
+    """A place in [0, 1), uniform over keys; the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def read_documents(data_args: DataArguments) -> Iterator[tuple[str, str]]:
+    """(key, text) of every document of `data_args.data`, whole and in order; nothing is held out. The key is the path
+    of a file that is one document, the text itself otherwise.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: a broken JSONL line, a file that is no text, a Hub dataset that could not be loaded.
+    """
+    for document in _train_source(data_args).documents():
+        yield document.key, document.text
+
+
 # ----------------------------------------------------------------------------------------------------------- documents
 
 
@@ -225,8 +317,7 @@ class _Document:
 
     @property
     def position(self) -> float:
-        """A place in [0, 1), uniform over keys; the same on every machine."""
-        return int.from_bytes(hashlib.blake2b(self.key.encode(), digest_size=8).digest(), "big") / 2**64
+        return hash_position(self.key)
 
 
 @dataclass(frozen=True)
@@ -239,7 +330,7 @@ class _Files:
 
     def documents(self) -> Iterator[_Document]:
         for key, path in self.files:
-            texts = self._jsonl(path) if _is_jsonl(path) else self._text(path)
+            texts = self._jsonl(path) if is_jsonl(path) else self._text(path)
             first = list(islice(texts, 2))
             if len(first) == 1:
                 yield _Document(key, first[0])  # split by its path, which survives edits
@@ -252,7 +343,7 @@ class _Files:
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(self.text_field.encode())
         for key, path in self.files:
-            digest.update(f"\0{key}\0{_is_jsonl(path)}\0{os.path.getsize(path)}\0".encode())
+            digest.update(f"\0{key}\0{is_jsonl(path)}\0{os.path.getsize(path)}\0".encode())
             with open(path, "rb") as file:
                 while chunk := file.read(2**22):
                     digest.update(chunk)
@@ -276,30 +367,12 @@ class _Files:
         yield from _non_empty("".join(lines))
 
     def _jsonl(self, path: str) -> Iterator[str]:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.decode("utf-8-sig"))
-                except (ValueError, RecursionError) as error:  # also no UTF-8, endless numbers, deep nesting
-                    raise ValueError(f"{path}:{number}: not a line of JSON ({error})") from error
-                if not isinstance(row, dict) or self.text_field not in row:
-                    found = f"fields {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-                    raise ValueError(f"{path}:{number}: no field {self.text_field!r}, found {found}: set text_field")
-                text = row[self.text_field]
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"{path}:{number}: field {self.text_field!r} must be a string, got {text!r:.60}: "
-                        "mend the line or set text_field"
-                    )
-                try:
-                    text.encode()
-                except UnicodeEncodeError as error:  # JSON may name half an emoji
-                    raise ValueError(
-                        f"{path}:{number}: field {self.text_field!r} cannot be written as UTF-8 ({error}): mend it"
-                    ) from error
-                yield from _non_empty(text)
+        for number, row in read_jsonl(path):
+            try:
+                text = string_field(row, self.text_field, "set text_field")
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from error
+            yield from _non_empty(text)
 
 
 @dataclass(frozen=True)
@@ -328,15 +401,7 @@ class _HubSplit:
         return f"{self.text_field}\0{self._load()._fingerprint}"
 
     def _load(self) -> Any:
-        try:
-            return datasets.load_dataset(
-                self.name, self.config, split=self.split, cache_dir=self.cache_dir, streaming=self.streaming
-            )
-        except Exception as error:
-            raise ValueError(
-                f"{self.name!r} is neither a file or folder here nor a Hub dataset that could be loaded "
-                f"(configuration {self.config}, split {self.split}): {type(error).__name__}: {error}"
-            ) from error
+        return load_hub_split(self.name, self.config, self.split, self.cache_dir, self.streaming)
 
 
 _Source = _Files | _HubSplit
@@ -362,7 +427,9 @@ def _resolve(data: str, split: str, args: DataArguments) -> _Source:
         if data not in BUILTIN_CORPORA:
             raise ValueError(f"unknown built-in corpus {data!r}: there is {', '.join(BUILTIN_CORPORA)}")
         return _standard_library(args.text_field)
-    path = Path(data).expanduser()
+    path = local_path(data)
+    if path is None:
+        return _HubSplit(data, args.dataset_config, split, args.text_field, args.cache_dir, args.streaming)
     if path.is_file():
         if path.suffix.lower() in RECORD_SUFFIXES:
             raise ValueError(
@@ -370,14 +437,10 @@ def _resolve(data: str, split: str, args: DataArguments) -> _Source:
                 f"{args.text_field!r}, and name the file .jsonl (or .txt, if this is the text that is meant)"
             )
         return _Files(((path.name, str(path)),), args.text_field)
-    if path.is_dir():
-        files = _walk(path, lambda name: name.startswith("."), FOLDER_SUFFIXES)
-        if not files:
-            raise ValueError(f"empty corpus: no {', '.join(FOLDER_SUFFIXES)} file in the folder {data}")
-        return _Files(files, args.text_field)
-    if path.suffix in FOLDER_SUFFIXES or data.startswith((".", "/", "~")) or data.count("/") > 1:
-        raise FileNotFoundError(f"no file or folder {data!r} (working folder {os.getcwd()})")
-    return _HubSplit(data, args.dataset_config, split, args.text_field, args.cache_dir, args.streaming)
+    files = _walk(path, lambda name: name.startswith("."), FOLDER_SUFFIXES)
+    if not files:
+        raise ValueError(f"empty corpus: no {', '.join(FOLDER_SUFFIXES)} file in the folder {data}")
+    return _Files(files, args.text_field)
 
 
 def _walk(root: Path, skip_folder: Callable[[str], bool], suffixes: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -408,10 +471,6 @@ def _standard_library(text_field: str) -> _Files:
             f"builtin:python: this Python keeps no .py files in {root}: give a text file or folder as data"
         )
     return _Files(files, text_field, skip_undecodable=True)
-
-
-def _is_jsonl(path: str) -> bool:
-    return path.lower().endswith((".jsonl", ".ndjson"))
 
 
 def _non_empty(text: str) -> Iterator[str]:

@@ -27,6 +27,9 @@ class KDTrainer(LatentTrainer):
     """Trains [`LatentForgeForCausalLM`] on text, on a teacher's distributions (arXiv 1503.02531), or both.
 
     `loss = ce_weight * ce + kd_weight * kd + mse_weight * mse + energy_weight * energy`; the log names the parts.
+    A student with an aligned head learns by `ce` from the teacher's noise and not from its distributions: its `ce` is
+    that of the text given the noise, no likelihood, and evaluation calls it `eval_ce_given_noise`.
+
     Evaluation adds `eval_nll`, nats per predicted token (an energy head reads the centre of its noise). Once training
     has ended the teacher is closed, unless its callback's `close_after_training` is False: a later `evaluate` leaves
     out `eval_kd`, and `eval_loss` with it.
@@ -70,6 +73,7 @@ class KDTrainer(LatentTrainer):
             callbacks += owners
         self.teacher_callback: TeacherCallback | None = owners[0] if owners else None
         self._weights = self._check(model, args)
+        self._is_aligned = model.config.head_config.head_type == "aligned"  # type: ignore[union-attr]
         self._ahead: tuple[Any, Iterator[Any]] | None = None
         self._covered = self._asked = 0.0  # predicted tokens since the last log
         self._covered_in_batch: float | None = None
@@ -77,12 +81,19 @@ class KDTrainer(LatentTrainer):
 
     def _check(self, model: nn.Module | None, args: KDConfig) -> dict[str, float]:
         teacher = self.teacher_callback.teacher if self.teacher_callback is not None else None
-        kd_weight = float(teacher is not None) if args.kd_weight is None else args.kd_weight
+        is_aligned = model is not None and model.config.head_config.head_type == "aligned"  # type: ignore[union-attr]
+        kd_weight = float(teacher is not None and not is_aligned) if args.kd_weight is None else args.kd_weight
+        if is_aligned and (teacher is None or kd_weight or args.teacher_away == "continue"):
+            raise ValueError(
+                "A student with an aligned head learns from its teacher's noise: it needs a teacher (`--teacher`), "
+                f"kd_weight 0 and teacher_away `stop`; there is {'no' if teacher is None else 'a'} teacher, kd_weight "
+                f"is {kd_weight:g} and teacher_away {args.teacher_away!r}."
+            )
         if kd_weight > 0 and teacher is None:
             raise ValueError(
                 f"kd_weight is {kd_weight} but there is no teacher: pass one (`--teacher`), or set kd_weight to 0."
             )
-        if kd_weight == 0 and teacher is not None:
+        if kd_weight == 0 and teacher is not None and not is_aligned:
             raise ValueError(
                 "There is a teacher but kd_weight is 0: every batch would be sent to it for nothing. Raise kd_weight "
                 "or drop the teacher."
@@ -158,7 +169,7 @@ class KDTrainer(LatentTrainer):
         away = SIGNAL_KEY in inputs and inputs[SIGNAL_KEY] is None
         signal = inputs.pop(SIGNAL_KEY, None)
         if self.model.training:
-            if signal is None and not away and self._weights["kd"]:
+            if signal is None and not away and (self._weights["kd"] or self._is_aligned):
                 raise RuntimeError(
                     "The teacher is closed (training ended or failed before): build a new teacher and a new KDTrainer."
                 )
@@ -169,7 +180,16 @@ class KDTrainer(LatentTrainer):
             if signal is None and not away:
                 weights.pop("kd", None)
         kwargs: dict[str, Any] = {"loss_weights": weights, "output_logits": False}
-        if signal is not None:
+        if self._is_aligned:
+            if signal is None:
+                raise RuntimeError(
+                    "The teacher is closed, and the loss of an aligned head needs its noise: evaluate while it is "
+                    "there (TeacherCallback(close_after_training=False))."
+                )
+            # an evaluation gives the same figure each time
+            generator = None if self.model.training else torch.Generator().manual_seed(0)
+            kwargs["aligned_noise"] = signal.aligned_noise(inputs["input_ids"], generator)
+        elif signal is not None:
             kwargs["distillation"] = signal.distillation(self.model.config.vocab_size, self.args.kd_temperature)
             if signal.starts is not None:
                 kwargs["distillation_starts"] = signal.starts
@@ -217,6 +237,8 @@ class KDTrainer(LatentTrainer):
 
     def evaluation_metrics(self, sums: dict[str, float], num_items: float) -> dict[str, float | None]:
         metrics: dict[str, float | None] = {"nll": sums["ce"] / num_items}
+        if self._is_aligned:
+            return {"ce_given_noise": metrics["nll"]}
         covered = sums.get("kd_covered", num_items)
         if covered < num_items:
             parts = {name: sums[name] / num_items for name in self.part_names if name in sums}

@@ -144,6 +144,7 @@ class Guard:
             APIError: it is too large, or does not come in time.
         """
         parts: list[bytes] = []
+        size = 0
         while True:
             try:
                 message = await asyncio.wait_for(receive(), max(ends - time.monotonic(), 0.001))
@@ -152,7 +153,8 @@ class Guard:
             if message["type"] != "http.request":
                 return None
             parts.append(message.get("body", b""))
-            if sum(map(len, parts)) > self.config.max_body:
+            size += len(parts[-1])
+            if size > self.config.max_body:
                 raise too_large(self.config.max_body)
             if not message.get("more_body"):
                 return b"".join(parts)
@@ -355,7 +357,7 @@ def build_app(engine: engines.Engine, config: ServerConfig, metrics: Metrics | N
         return [
             engines.Request(
                 prompt,
-                engine.max_tokens - len(prompt) if count is None else count,
+                engine.most_new_tokens(len(prompt)) if count is None else count,
                 sampling,
                 None if body.seed is None else _nth_seed(body.seed, number),
                 stop,
@@ -412,7 +414,10 @@ def build_app(engine: engines.Engine, config: ServerConfig, metrics: Metrics | N
     async def generate(body: schemas.GenerateRequest, request: Request) -> Any:
         """Continue a text."""
         ids = await run_in_threadpool(encode, body.prompt)
-        sampling = Sampling(body.temperature, body.top_p, body.top_k)
+        temperature = body.temperature
+        if model.is_aligned and "temperature" not in body.model_fields_set:
+            temperature = 1.0  # the only one at which it samples
+        sampling = Sampling(temperature, body.top_p, body.top_k)
         seed = None if body.seed is None else _nth_seed(body.seed, 0)
         asked = engines.Request(ids, body.max_new_tokens, sampling, seed, deadline=config.deadline)
         writing = Writing(engine, [asked])

@@ -1,6 +1,6 @@
 """Who is written when: requests come, wait, are read, are written together, and leave. No HTTP here.
 
-One thread owns the model. Each turn it reads a piece of one waiting prompt (at most `prefill_tokens`, so that a long
+One thread owns the model. Each turn it reads a piece of the waiting prompts (at most `prefill_tokens`, so that a long
 prompt does not stall the others) and writes one patch of every row. Rows join and leave between patches.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .patch_batch import PatchBatch, Prefill, room_for
+from .patch_batch import PLACES_STEP, Noise, PatchBatch, Prefill, room_for
 from .sampling import Sampling, sample
 from .text import TextStream
 
@@ -95,7 +95,7 @@ class Request:
         prompt_ids: at least one token.
         max_new_tokens: at most.
         sampling: see [`Sampling`].
-        seed: the same seed gives the same text, alone or in a crowd; None: another each time.
+        seed: the same seed gives the same text, alone or in a crowd; -2**63 to 2**63 - 1. None: another each time.
         stop: strings that end the text; they are not part of it.
         logprobs: likeliest tokens that are reported with each token; None: no log-probabilities at all.
         ignore_eos: go on behind EOS (for measurements).
@@ -131,7 +131,7 @@ class _Row:
     request: Request
     text: TextStream
     random: random.Random
-    generator: torch.Generator | None  # of an energy head's noise
+    noise: Noise | None  # of a head that reads it
     new: Output = field(default_factory=Output)
     finish_reason: str | None = None
 
@@ -224,10 +224,18 @@ class Engine:
         size = self.model.config.vocab_size
         if not all(0 <= i < size for i in request.prompt_ids):
             raise RequestRefused(f"The prompt holds token ids outside of 0 to {size - 1}.")
+        if request.seed is not None and not -(2**63) <= request.seed < 2**63:
+            raise RequestRefused(f"seed must lie between -2**63 and 2**63 - 1, got {request.seed}.")
         if request.logprobs is not None and not self.has_likelihood:
             raise RequestRefused(
                 "This model draws a latent for each patch, and its tokens have no probability that could be computed: "
                 "leave logprobs out."
+            )
+        sampling = request.sampling
+        if self.model.is_aligned and (sampling.temperature not in (0, 1) or sampling.top_k):
+            raise RequestRefused(
+                "This model's noise chooses whole patches: top_p shapes it, temperature must be 0 (greedy) or 1, and "
+                "top_k must be left out."
             )
         if self._bytes_of(1, self._places(request)) > self.config.cache_bytes:
             raise RequestRefused(
@@ -241,6 +249,12 @@ class Engine:
             self.statistics.requests += 1
             self._waiting.append(request)
             self._changed.notify_all()
+
+    def most_new_tokens(self, prompt_tokens: int) -> int:
+        """That a prompt of so many may be followed by; 1 where nothing fits, which [`submit`] refuses."""
+        places = self.config.cache_bytes // self._bytes_per_place // PLACES_STEP * PLACES_STEP
+        in_memory = (places - 1) * self.patch_size - 1  # see `_places`
+        return max(1, min(self.max_tokens, in_memory) - prompt_tokens)
 
     def snapshot(self) -> Statistics:
         """The statistics now."""
@@ -361,6 +375,7 @@ class Engine:
 
     def _read_prompts(self) -> None:
         """Read prompts, for so many tokens; those that are whole join."""
+        self._end_given_up()
         # where most places are taken, who comes waits for one patch, so that more prompts are read at once: +7 to 12 %
         # tokens/s of a full server (measured)
         self._put_off = not (self._put_off or self._reading) and 2 * len(self._rows) > self.config.max_rows
@@ -382,6 +397,15 @@ class Engine:
             if not self._prefill.remaining:
                 self._join()
 
+    def _end_given_up(self) -> None:
+        """Who waits for nothing any more gives its place in the queue to others, also behind one that has no room."""
+        with self._changed:
+            ended = {request: reason for request in self._waiting if (reason := self._given_up(request))}
+            if ended:
+                self._waiting = deque(request for request in self._waiting if request not in ended)
+        for request, reason in ended.items():
+            self._end(request, Output(finish_reason=reason))
+
     def _begin(self, budget: int) -> bool:
         """Take the next requests that there is room for, first come, first served: as many short ones as can be read
         at once within the budget, or one long one."""
@@ -389,11 +413,6 @@ class Engine:
         with self._changed:
             while self._waiting:
                 request = self._waiting[0]
-                reason = self._given_up(request)
-                if reason is not None:
-                    self._waiting.popleft()
-                    self._end(request, Output(finish_reason=reason))
-                    continue
                 patches += len(request.prompt_ids) // self.patch_size + 1
                 full = self._reading and patches > budget
                 if full or not self._has_room(request):
@@ -406,19 +425,19 @@ class Engine:
     def _row_of(self, request: Request) -> _Row:
         self.observe("queue", time.monotonic() - request.submitted)
         seed = random.getrandbits(63) if request.seed is None else request.seed
-        generator = None
+        noise = None
         if self.model.head.noise_size and request.sampling.temperature > 0:
-            generator = torch.Generator()
-            generator.manual_seed(seed)
+            below = request.sampling.top_p if self.model.is_aligned else 1.0
+            noise = Noise(torch.Generator().manual_seed(seed), below)
         text = TextStream(self.tokenizer, request.prompt_ids, request.stop)
-        return _Row(request, text, random.Random(seed), generator)
+        return _Row(request, text, random.Random(seed), noise)
 
     def _join(self) -> None:
         assert self._prefill is not None
-        states = self._prefill.finish([row.generator for row in self._reading])
+        states = self._prefill.finish([row.noise for row in self._reading])
         with self._changed:
             self._batch.join(
-                states, [self._places(row.request) for row in self._reading], [row.generator for row in self._reading]
+                states, [self._places(row.request) for row in self._reading], [row.noise for row in self._reading]
             )
             self._rows += self._reading
             self.statistics.prompt_tokens += sum(len(row.request.prompt_ids) for row in self._reading)

@@ -11,7 +11,7 @@ all rows each time.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -23,6 +23,13 @@ PLACES_STEP = 32  # places are added by so many: growing copies everything
 def room_for(rows: int, places: int) -> tuple[int, int]:
     """What is set aside for so many rows and places: rows double, places grow in steps, since growing copies all."""
     return 1 << (rows - 1).bit_length(), -(-places // PLACES_STEP) * PLACES_STEP
+
+
+class Noise(NamedTuple):
+    """What a row's head reads: `generator`'s noise; an aligned head's numbers stay below `top_p`."""
+
+    generator: torch.Generator
+    top_p: float = 1.0
 
 
 @dataclass
@@ -93,18 +100,18 @@ class Prefill:
         if len(self.num_patches) > 1:
             places = torch.arange(end, device=embeds.device)
             seen = (self.owners[begin:end, None] == self.owners[:end]) & (places[begin:, None] >= places)
-            seen = seen[None, None]
+            seen = backbone_mask(self.model, seen[None, None])
         positions = self.positions[None, begin:end]
         self.states.append(self.model.model(embeds, seen, positions, self.cache, use_cache=True))
         self.done = end
 
-    def finish(self, generators: Sequence[torch.Generator | None]) -> list[RowState]:
-        """The rows, once nothing remains. `generators` make an energy head's noise; None takes its centre."""
+    def finish(self, noises: Sequence[Noise | None]) -> list[RowState]:
+        """The rows, once nothing remains. `noises` are what their heads read; None takes the centre."""
         start = self.model.model.start[None, None]
         states = torch.cat([start[:, :0], *self.states], dim=1).split(self.num_patches, dim=1)
         parts = [
-            self._finish(row, torch.cat([start.to(x.dtype), x], dim=1), generator)
-            for row, (x, generator) in enumerate(zip(states, generators, strict=True))
+            self._finish(row, torch.cat([start.to(x.dtype), x], dim=1), noise)
+            for row, (x, noise) in enumerate(zip(states, noises, strict=True))
         ]
         last = torch.cat([part[0] for part in parts])
         # one product for all rows: reading the matrix is what takes long
@@ -115,7 +122,7 @@ class Prefill:
         ]
 
     def _finish(
-        self, row: int, conditions: torch.Tensor, generator: torch.Generator | None
+        self, row: int, conditions: torch.Tensor, noise: Noise | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """`fixed`, `placed` and before them what the last token's logits are made of; of a parallel decoder, they."""
         config, patch_size, grid = self.model.config, self.model.config.patch_size, self.grids[row]
@@ -130,13 +137,13 @@ class Prefill:
         pending = grid[:, num_patches * patch_size :]
         fixed = {"pending_ids": torch.nn.functional.pad(pending, (0, patch_size - pending.shape[1]))}
         if config.decoder_type == "parallel":
-            latents = sample_latents(self.model, conditions[:, -1:], [generator])
+            latents = sample_latents(self.model, conditions[:, -1:], [noise])
             fixed["patch_logits"] = self.model._patch_logits(self.model._decode_parallel(latents))
             return fixed["patch_logits"][:, 0], fixed, placed
 
         decoder = self.model.decoder
         start = max(0, (length - decoder.reach - patch_size) // patch_size * patch_size)
-        latents = sample_latents(self.model, conditions[:, start // patch_size :], [generator])
+        latents = sample_latents(self.model, conditions[:, start // patch_size :], [noise])
         hidden, inputs, windows, memory = decoder(grid[:, start:], None, latents, conditions, start)
         keep, taps = decoder.window - 1, decoder.convolution.size - 1
         known = min(keep, length - start)
@@ -152,18 +159,25 @@ class Prefill:
         return hidden[:, -1], fixed, placed
 
 
-def sample_latents(model: Any, conditions: torch.Tensor, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
-    """`(B, C, H)` -> latents `(B, C, D)`, with noise of each row's own generator, or without (None)."""
-    if not model.head.noise_size or all(generator is None for generator in generators):
+def backbone_mask(model: Any, seen: torch.Tensor) -> torch.Tensor:
+    """`seen (..., queries, keys)` as the backbone takes it: eager attention adds its mask, and True would be a 1."""
+    if model.model.backbone.config._attn_implementation != "eager":
+        return seen
+    return torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, torch.finfo(model.dtype).min)
+
+
+def sample_latents(model: Any, conditions: torch.Tensor, noises: Sequence[Noise | None]) -> torch.Tensor:
+    """`(B, C, H)` -> latents `(B, C, D)`, with each row's own noise, or without (None)."""
+    if not model.head.noise_size or all(one is None for one in noises):
         return model.head.sample(conditions)
     count = conditions.shape[1]
     noise = [
         torch.zeros(1, count, model.head.noise_size)
-        if generator is None
-        else model.head.draw_noise((1, count), torch.zeros(()), generator)
-        for generator in generators
+        if one is None
+        else model.head.draw_noise((1, count), torch.zeros(()), one.generator) * one.top_p
+        for one in noises
     ]
-    return model.head.sample(conditions, torch.cat(noise).to(conditions))
+    return model.head.sample(conditions, torch.cat(noise).to(conditions.device))
 
 
 class _RowLayer(DynamicLayer):
@@ -203,7 +217,7 @@ class PatchBatch:
     Attributes:
         num_rows: B.
         logits: `(B, V)`, of each row's next token.
-        generators: of each row's noise.
+        noises: of each row.
 
     Raises:
         ValueError: see above.
@@ -214,7 +228,7 @@ class PatchBatch:
     logits: torch.Tensor | None = None
     lengths: list[int] = field(default_factory=list)
     places: list[int] = field(default_factory=list)  # that each row may come to need
-    generators: list[torch.Generator | None] = field(default_factory=list)
+    noises: list[Noise | None] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.model._check_full_attention()
@@ -232,8 +246,8 @@ class PatchBatch:
 
     @property
     def num_bytes(self) -> int:
-        """Of what grows with rows and patches."""
-        return sum(x.numel() * x.element_size() for x in self.placed.values())
+        """Of what grows with rows and patches; other threads may ask while it grows."""
+        return sum(x.numel() * x.element_size() for x in list(self.placed.values()))
 
     def store(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """The `(rows, h, P, d)` of a name; made when first asked for."""
@@ -255,9 +269,7 @@ class PatchBatch:
             new[: self.num_rows, :, :used] = old[: self.num_rows, :, :used]
             self.placed[name] = new
 
-    def join(
-        self, states: Sequence[RowState], places: Sequence[int], generators: Sequence[torch.Generator | None]
-    ) -> None:
+    def join(self, states: Sequence[RowState], places: Sequence[int], noises: Sequence[Noise | None]) -> None:
         """Add rows behind the others, each of which may come to so many `places` (patches)."""
         self.places += places
         self.reserve(self.num_rows + len(states), max(self.places))
@@ -271,7 +283,7 @@ class PatchBatch:
         logits = [state.logits for state in states]
         self.logits = torch.cat(logits if self.logits is None else [self.logits, *logits])
         self.lengths += [state.length for state in states]
-        self.generators += generators
+        self.noises += noises
         counts = self.num_patches.new_tensor([state.num_patches for state in states])
         self.num_patches = torch.cat([self.num_patches, counts])
         self.num_rows += len(states)
@@ -302,7 +314,7 @@ class PatchBatch:
         self.num_rows = count
         self.lengths = [self.lengths[row] for row in order]
         self.places = [self.places[row] for row in order]
-        self.generators = [self.generators[row] for row in order]
+        self.noises = [self.noises[row] for row in order]
         if not count:
             self._release()
             return order
@@ -346,9 +358,10 @@ class PatchBatch:
         embeds = self.model._embed_patches(self.fixed["pending_ids"][:, None], None)
         # a row that has ended goes on to the end of its patch
         self.reserve(self.num_rows, max(*self.places, self.width + 1))
-        condition = self.model.model(embeds, self.seen, self.num_patches[:, None], self.cache, use_cache=True)
+        seen = backbone_mask(self.model, self.seen)
+        condition = self.model.model(embeds, seen, self.num_patches[:, None], self.cache, use_cache=True)
         self.num_patches = self.num_patches + 1
-        latents = sample_latents(self.model, condition, self.generators)
+        latents = sample_latents(self.model, condition, self.noises)
         if self.model.config.decoder_type == "parallel":
             self.fixed["patch_logits"] = self.model._patch_logits(self.model._decode_parallel(latents))
         else:

@@ -48,9 +48,9 @@ def sample(logits: torch.Tensor, samplings: Sequence[Sampling], randoms: Sequenc
     numbers = torch.tensor([randoms[row].random() for row in drawn], device=device, dtype=torch.float64)
     rows = None if len(drawn) == len(samplings) else torch.tensor(drawn, device=device)
     taken = logits if rows is None else logits[rows]
-    temperature = torch.tensor([sampling.temperature for sampling in chosen], device=device, dtype=logits.dtype)[
-        :, None
-    ]
+    temperature = torch.tensor([sampling.temperature for sampling in chosen], device=device, dtype=logits.dtype)
+    # what the dtype rounds to 0 would divide 0 by 0
+    temperature = temperature.clamp_min(torch.finfo(logits.dtype).tiny)[:, None]
     cut = [place for place, one in enumerate(chosen) if one.top_p < 1 or 0 < one.top_k < size]
     if not cut:
         tokens = _invert(taken, temperature, numbers)
@@ -106,20 +106,35 @@ def _place(upto: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def _invert_cut(
     logits: torch.Tensor, temperature: torch.Tensor, numbers: torch.Tensor, chosen: Sequence[Sampling]
 ) -> torch.Tensor:
-    """The same among the likeliest tokens: of each row's `top_k`, and of these as many as reach the share `top_p`."""
+    """The same among the likeliest tokens: of each row's `top_k`, and of these as many as reach the share `top_p`.
+
+    Most cuts lie among few tokens, and sorting all takes long. Only rows whose own cut does not are sorted whole:
+    equal logits may then stand in another order, which must not hang on who else is there.
+    """
+    tokens, is_within = _invert_cut_among(min(LIKELIEST, logits.shape[1]), logits, temperature, numbers, chosen)
+    if not all(is_within):
+        beyond = [row for row, within in enumerate(is_within) if not within]
+        index = torch.tensor(beyond, device=logits.device)
+        rest = logits[index], temperature[index], numbers[index], [chosen[row] for row in beyond]
+        tokens[index] = _invert_cut_among(logits.shape[1], *rest)[0]
+    return tokens
+
+
+def _invert_cut_among(
+    count: int, logits: torch.Tensor, temperature: torch.Tensor, numbers: torch.Tensor, chosen: Sequence[Sampling]
+) -> tuple[torch.Tensor, list[bool]]:
+    """[`_invert_cut`] among the `count` likeliest tokens, and for each row whether its cut lies among them."""
     device, size = logits.device, logits.shape[1]
     top_k = torch.tensor([min(one.top_k or size, size) for one in chosen], device=device)
     top_p = torch.tensor([one.top_p for one in chosen], device=device, dtype=torch.float64)
     total = _weights(logits, temperature).sum(-1, keepdim=True).double()
-    for count in (min(LIKELIEST, size), size):  # most cuts lie among few tokens, and sorting all takes long
-        values, order = logits.topk(count)
-        mass = (_weights(values, temperature).double() / total).cumsum(-1)
-        last = top_k.clamp(max=count) - 1
-        whole = torch.where(top_k < size, mass.gather(1, last[:, None])[:, 0], 1.0)
-        reached = (mass < (top_p * whole)[:, None]).sum(-1)  # the token that reaches the share is the last one in
-        if count == size or bool(((top_k <= count) | ((top_k == size) & (reached < count))).all()):
-            break
+    values, order = logits.topk(count)
+    mass = (_weights(values, temperature).double() / total).cumsum(-1)
+    last = top_k.clamp(max=count) - 1
+    whole = torch.where(top_k < size, mass.gather(1, last[:, None])[:, 0], 1.0)
+    reached = (mass < (top_p * whole)[:, None]).sum(-1)  # the token that reaches the share is the last one in
+    is_within = (top_k <= count) | ((top_k == size) & (reached < count))
     last = torch.minimum(last, reached)
     kept = mass.gather(1, last[:, None])
     place = torch.minimum(torch.searchsorted(mass, numbers[:, None] * kept, right=True), last[:, None])
-    return order.gather(1, place)[:, 0]
+    return order.gather(1, place)[:, 0], is_within.tolist()

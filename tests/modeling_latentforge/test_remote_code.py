@@ -4,6 +4,7 @@ import sys
 
 import torch
 
+from modeling_latentforge import LatentForgeWire, LatentForgeWireConfig
 from tests.conftest import text_batch, tiny_autoencoder, tiny_student
 
 
@@ -31,8 +32,10 @@ codec = AutoModel.from_pretrained({codec!r}, trust_remote_code=True)
 student = AutoModelForCausalLM.from_pretrained({student!r}, trust_remote_code=True)
 again = AutoModel.from_pretrained({student!r}, trust_remote_code=True)
 assert AutoConfig.from_pretrained({student!r}, trust_remote_code=True).patch_size == 4
+wire = AutoModel.from_pretrained({wire!r}, trust_remote_code=True)
+packets = [packet.to_bytes() for packet in wire.pack(["a text"])]
 torch.save([codec(ids).logits, student(ids).logits, again(ids).logits, student.generate(ids, max_new_tokens=6,
-do_sample=False)], {out!r})
+do_sample=False), packets], {out!r})
 """
 
 
@@ -42,10 +45,13 @@ def test_checkpoints_load_where_the_package_is_not_installed(tmp_path):
     codec, student, ids = tiny_autoencoder(), tiny_student(), text_batch(2, 12)
     codec.save_pretrained(tmp_path / "codec")
     student.save_pretrained(tmp_path / "student")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    wire = LatentForgeWire(LatentForgeWireConfig(encoder_config=sizes, source="bytes", quantizer="fsq")).eval()
+    wire.save_pretrained(tmp_path / "wire")
     torch.save(ids, tmp_path / "ids.pt")
     code = LOAD.format(
         root=root,
-        **{name: str(tmp_path / name) for name in ("codec", "student")},
+        **{name: str(tmp_path / name) for name in ("codec", "student", "wire")},
         ids=str(tmp_path / "ids.pt"),
         out=str(tmp_path / "out.pt"),
     )
@@ -59,7 +65,8 @@ def test_checkpoints_load_where_the_package_is_not_installed(tmp_path):
         [sys.executable, "-I", "-c", BLOCK + code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    codec_logits, student_logits, again_logits, generated = torch.load(tmp_path / "out.pt")
+    codec_logits, student_logits, again_logits, generated, packets = torch.load(tmp_path / "out.pt")
+    assert packets == [packet.to_bytes() for packet in wire.pack(["a text"])]
     assert torch.equal(codec_logits, codec(ids).logits)
     assert torch.equal(student_logits, student(ids).logits) and torch.equal(again_logits, student_logits)
     assert torch.equal(generated, student.generate(ids, max_new_tokens=6, do_sample=False))

@@ -99,6 +99,7 @@ def over_urls(room, output, *urls):
     return build_kd_cache.main(f"{flags} --output {output} --urls {' '.join(urls)}".split())
 
 
+@pytest.mark.slow
 def test_a_server_that_is_lost_drops_out_and_the_others_do_its_work(room, tmp_path, monkeypatch, capfd):
     """Labelling takes days; one of eight machines always fails, and what it had been asked must not be missing."""
     monkeypatch.setattr(build_kd_cache, "SERVER_PATIENCE", 0.5)

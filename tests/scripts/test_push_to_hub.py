@@ -77,6 +77,7 @@ def usage(card: Path) -> str:
     return code
 
 
+@pytest.mark.slow
 def test_the_readmes_command_uploads_and_sees_the_result_load(trained, hub, tmp_path):
     """An upload that nobody has loaded again is a hope."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

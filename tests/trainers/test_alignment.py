@@ -338,6 +338,7 @@ def rows_of(tokenizer, text, length):
     return [{"input_ids": row, "attention_mask": [1] * length, "labels": row} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_a_teacher_with_another_tokenizer(tmp_path, theirs):
     """The point of it all: closer to the teacher, on text that neither has seen, than by the text alone."""
     text, unseen = SOURCES[0][:60_000], SOURCES[0][60_000:80_000]

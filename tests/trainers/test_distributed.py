@@ -15,6 +15,7 @@ from tests.trainers.training_helpers import TEXT, byte_tokenizer, tiny_teacher
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
     """Means of means, a teacher on the wrong rows, or a launcher that quietly starts one process: each gives a
     plausible log."""

@@ -317,6 +317,7 @@ def test_close_ends_what_runs_and_leaves_no_thread():
         flow.submit(hang)
 
 
+@pytest.mark.slow
 def test_server_with_a_capacity_is_used_and_not_pestered():
     """Over loopback, in short; `make verify TOPIC=teachers ROW=aimd` measures a minute."""
     openai = pytest.importorskip("openai")

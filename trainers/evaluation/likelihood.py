@@ -97,7 +97,8 @@ def why_no_likelihood(model: Any) -> str | None:
     instead = "ask for BrierLM, which needs samples only (trainers/evaluation/patch_draws.py)"
     if model.head.noise_size:
         return (
-            "its energy head draws latents from noise, so P(text) is an integral over that noise which nobody can "
+            f"its {model.config.head_config.head_type} head draws latents from noise, so P(text) is an integral over "
+            "that noise which nobody can "
             f"compute (logits at the centre of the noise belong to another distribution): {instead}"
         )
     if model.config.decoder_type == "parallel":

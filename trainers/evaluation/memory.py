@@ -259,6 +259,8 @@ def kept_by_autograd(config: Any, plan: TrainingPlan, lora_rank: int = 0) -> Kep
             per_patch = head.num_samples * one_sample + (3 * distances + head.num_targets * latent) * FP32
             whole_head += patches * per_patch
     else:
+        if head.head_type == "aligned":
+            one_sample += patch_size * (1 + 2 * head.num_frequencies) * number
         whole_head = samples * one_sample
 
     decoder = held = 0

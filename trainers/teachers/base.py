@@ -17,6 +17,7 @@ import torch
 
 from modeling_latentforge.modeling_token_loss import SparseTargets, TokenLoss
 
+from ..losses.aligned_noise import choice_interval, draw_from, sparse_choice_interval
 from ..losses.chunk_likelihood import chunk_likelihood_loss
 from ..losses.divergence import (
     ABSENT_LOGPROB,
@@ -26,6 +27,9 @@ from ..losses.divergence import (
     sampled_tail_targets,
     sparse_loss,
 )
+
+
+NOISE_CHUNK = 2048  # tokens whose whole distributions are held at once
 
 
 def speaking_positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -123,6 +127,36 @@ class TeacherSignal(ABC):
         self.check_vocabulary(student_size)
         return partial(self.loss, temperature=temperature)
 
+    def aligned_noise(self, input_ids: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """`(B, T)` in [0, 1): the noise with which the teacher would have drawn each token of the text (see
+        `losses/aligned_noise.py`); any number for a token that it says nothing about.
+
+        Raises:
+            ValueError: the signal speaks about no single tokens.
+        """
+        count = input_ids.numel()
+        lower, width = torch.zeros(count), torch.ones(count)
+        # position t - 1 speaks about token t; nothing about a row's first
+        index = torch.arange(count).view_as(input_ids)[:, :-1].flatten()
+        says = torch.ones(len(index), dtype=torch.bool)
+        asked = index
+        if self.positions is not None:
+            asked, says = (x.cpu() for x in self._speaking(index))
+        ids = input_ids.flatten().cpu()[index + 1]
+        for start in range(0, len(index), NOISE_CHUNK):
+            part = slice(start, start + NOISE_CHUNK)
+            found = self.choice_interval(asked[part], ids[part])
+            for values, of_part, neutral in zip((lower, width), found, (0.0, 1.0), strict=True):
+                values[index[part] + 1] = torch.where(says[part], of_part.float().cpu(), neutral)
+        return draw_from(lower, width, generator).view_as(input_ids.cpu()).to(input_ids.device)
+
+    def choice_interval(self, index: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of flattened positions `index (M,)` and the tokens that follow them: see `losses/aligned_noise.py`."""
+        raise ValueError(
+            f"{type(self).__name__} holds likelihoods of pieces of text, and an aligned head learns from the choice "
+            "of single tokens: take a teacher with the student's tokenizer."
+        )
+
     @abstractmethod
     def divergence(self, student_logits: torch.Tensor, index: torch.Tensor, temperature: float) -> torch.Tensor:
         """[`loss`] with the entries at exactly `index`."""
@@ -171,6 +205,11 @@ class DenseSignal(TeacherSignal):
     def divergence(self, student_logits: torch.Tensor, index: torch.Tensor, temperature: float) -> torch.Tensor:
         teacher_logits = self.logits(index)[:, : student_logits.shape[-1]]
         return dense_kl(student_logits, teacher_logits.to(student_logits.device), temperature)
+
+    def choice_interval(self, index: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.logits(index)[:, : self.num_tokens]
+        # an id that the teacher does not know, padding say, is asked about by nobody
+        return choice_interval(logits, ids.to(logits.device).clamp(max=logits.shape[1] - 1))
 
 
 def _identity(logits: torch.Tensor) -> torch.Tensor:
@@ -251,6 +290,12 @@ class SparseSignal(TeacherSignal):
         refuse_temperature(temperature)
         targets = self._targets(index.to(self.top_ids.device), student_logits.shape[-1])
         return sparse_loss(student_logits, targets.rows(slice(None), student_logits.device))
+
+    def choice_interval(self, index: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        exact = self.top_ids.shape[-1] - self.num_draws
+        index = index.to(self.top_ids.device)
+        top_ids, logprobs = (x.flatten(0, 1)[index, :exact] for x in (self.top_ids, self.top_logprobs))
+        return sparse_choice_interval(top_ids, logprobs, ids.to(top_ids.device))
 
     def _targets(self, index: slice | torch.Tensor, student_size: int) -> SparseTargets:
         """Of positions `index` into the flattened B * T."""

@@ -23,7 +23,7 @@ pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 import uvicorn  # noqa: E402
 
 from scripts.serving import server as serving  # noqa: E402
-from scripts.serving.app import ServerConfig, build_app  # noqa: E402
+from scripts.serving.app import Guard, ServerConfig, build_app  # noqa: E402
 from scripts.serving.engine import Engine, EngineConfig  # noqa: E402
 from scripts.serving.metrics import Metrics  # noqa: E402
 from tests.conftest import tiny_student  # noqa: E402
@@ -37,12 +37,12 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 class Running:
     """A server on a free port, in a thread."""
 
-    def __init__(self, head="regression", template=TEMPLATE, limits=None, **config):
+    def __init__(self, head="regression", template=TEMPLATE, limits=None, decoder="autoregressive", **config):
         torch.manual_seed(0)
         tokenizer = byte_tokenizer()
         tokenizer.chat_template = template
         metrics = Metrics()
-        model = tiny_student(head)
+        model = tiny_student(head, decoder)
         model.generation_config.eos_token_id = None  # random weights end where they like
         model.config.eos_token_id = None
         self.engine = Engine(model, tokenizer, limits or EngineConfig(), metrics.observe)
@@ -355,6 +355,50 @@ def test_bodies_are_bounded_in_size_and_time(start, monkeypatch):
     assert b" 408 " in raw(head + b"Content-Length: 100\r\n\r\n", b"{", wait=0.1)
     assert raw(b"POST /gen") == b"", "half a header: closed"
     assert server.call("/generate", {"prompt": "x", "max_new_tokens": 3})[0] == 200
+
+
+def test_a_body_in_tiny_pieces_costs_what_its_bytes_cost():
+    """Counted from the start at every piece, a megabyte of single bytes keeps the loop from everybody for minutes."""
+    measured = [0]
+
+    class Piece(bytes):
+        def __len__(self):
+            measured[0] += 1
+            return 1
+
+    async def receive():
+        await asyncio.sleep(0)
+        left[0] -= 1
+        return {"type": "http.request", "body": Piece(b"x"), "more_body": left[0] > 0}
+
+    left = [2000]
+    guard = Guard(None, ServerConfig(), Metrics())
+    assert asyncio.run(guard._body(receive, time.monotonic() + 30)) == b"x" * 2000
+    assert measured[0] <= 3 * 2000
+
+
+def test_a_chat_without_a_limit_is_written_as_far_as_memory_goes(start):
+    """Clients of OpenAI's name no limit by default; told to ask for fewer tokens, they have nothing to change."""
+    server = start(limits=EngineConfig(cache_bytes=1 << 17))
+    assert server.engine._bytes_of(1, server.engine.max_tokens // 4) > 1 << 17
+    messages = [{"role": "user", "content": "Hello"}]
+    status, _, reply = server.call("/v1/chat/completions", {"messages": messages, "temperature": 0})
+    assert status == 200 and reply["choices"][0]["finish_reason"] == "length"
+    assert server.call("/v1/completions", {"prompt": "x", "max_tokens": 4000})[0] == 400
+    status, _, reply = server.call("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 10000}]})
+    assert status == 400 and "The prompt has" in reply["error"]["message"]
+
+
+def test_the_shortest_request_is_served_by_every_head(start):
+    """An aligned head refuses the default temperature of `/generate`: a prompt alone must not be an error."""
+    server = start(head="aligned", decoder="parallel")
+    assert server.call("/generate", {"prompt": "def main("})[0] == 200
+    asked = {"prompt": "def main(", "seed": 3}
+    sampled = server.call("/generate", asked)[2]
+    assert sampled == server.call("/generate", {**asked, "temperature": 1.0})[2]
+    status, _, reply = server.call("/generate", {**asked, "temperature": 0.8})
+    assert status == 400 and "temperature must be 0 (greedy) or 1" in reply["error"]["message"]
+    assert server.call("/v1/completions", {"prompt": "x"})[0] == 200
 
 
 def test_a_full_queue_answers_429_with_when_to_come_back(start):

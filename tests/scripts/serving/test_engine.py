@@ -84,6 +84,7 @@ def prompts(lengths=(1, 3, 4, 9, 30, 57, 6)):
         ("regression", "autoregressive", {}),
         ("energy", "autoregressive", {"decoder_memory": "none"}),
         ("regression", "parallel", {}),
+        ("aligned", "parallel", {}),
     ],
 )
 def test_rows_that_join_and_leave_get_what_generate_gives_them(head, decoder, kwargs, backbone):
@@ -135,6 +136,42 @@ def test_a_seeded_request_gets_the_same_text_alone_and_in_a_crowd(start, head, d
     assert other.ids != alone[0] and len(other.ids) == 13
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_prompts_that_are_read_together_see_only_themselves(start, attention):
+    """Attention that adds its mask takes True for a 1, and everybody reads everybody's prompt."""
+    model = student().double()
+    model.set_attn_implementation(attention)
+    with torch.inference_mode():
+        together = Prefill(model, prompts())
+        together.advance(together.remaining)
+        for prompt, found in zip(prompts(), together.finish([None] * len(prompts())), strict=True):
+            torch.testing.assert_close(found.logits, model(torch.tensor([prompt])).logits[:, -1].float())
+    engine = start(model, max_rows=8)
+    listeners = [ask(engine, prompt) for prompt in prompts()]
+    for prompt, listener in zip(prompts(), listeners, strict=True):
+        ids = torch.tensor([prompt])
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=13, do_sample=False, eos_token_id=-1
+        )
+        assert listener.wait().ids == expected[0, len(prompt) :].tolist()
+
+
+def test_prompts_of_all_lengths_are_read_when_a_long_one_is_among_them(start):
+    """A long prompt is read in parts, and those behind it must neither overtake it for ever nor be lost."""
+    model = student()
+    engine = start(model, max_rows=4, prefill_tokens=8)
+    lengths = [1, 200, 3, 9, 2, 150, 4, 1]
+    listeners = [ask(engine, prompt) for prompt in prompts(lengths)]
+    listeners[5].request.cancel()
+    alone = [ask(engine, prompt).wait().ids for prompt in prompts(lengths)]
+    for number, listener in enumerate(listeners):
+        if number == 5:
+            assert listener.wait().reason == "cancelled"
+        else:
+            assert listener.wait().ids == alone[number], number
+    assert engine.snapshot().waiting == engine.snapshot().rows == 0
+
+
 def test_more_requests_than_rows_are_served_in_turn(start):
     """A row that is never given back ends the service after an hour."""
     engine = start(max_rows=2)
@@ -177,6 +214,11 @@ def test_what_can_never_be_served_is_refused_at_once(start):
             ask(engine, prompt, count)
     with pytest.raises(RequestRefused, match="no probability"):
         ask(start(student("energy")), [5], logprobs=1)
+    # unchecked, these would be lost between the queue and their row, and end everybody else's text
+    running = ask(start(student("energy")), [5], 40, sampling=Sampling(), seed=-(2**63))
+    with pytest.raises(RequestRefused, match="seed must lie"):
+        ask(start(student("energy")), [5], sampling=Sampling(), seed=2**63)
+    assert running.wait().reason == "length"
     for wrong in ({"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_k": -1}):
         with pytest.raises(ValueError, match="must"):
             Sampling(**wrong)
@@ -195,6 +237,22 @@ def test_a_full_queue_says_when_to_come_back(start):
     first.request.cancel()
     assert first.wait().reason == "cancelled" and len(first.ids) < 400
     assert all(listener.wait().reason == "length" for listener in others)
+
+
+def test_who_leaves_the_queue_frees_its_place_at_once(start):
+    """Else clients that have long gone fill the queue, and those who are there are sent away."""
+    engine = start(max_rows=1, max_waiting=3)
+    first = ask(engine, [5], 1500)
+    while not first.outputs:
+        time.sleep(0.01)
+    waiting = ask(engine, [5], 5)
+    gone, late = ask(engine, [5], 5), ask(engine, [5], 5, deadline=0.05)
+    gone.request.cancel()
+    assert gone.wait().reason == "cancelled" and late.wait().reason == "deadline"
+    assert not first.ended.is_set() and not waiting.ended.is_set(), "they stood behind one that has no room"
+    others = [ask(engine, [5], 5) for _ in range(2)]
+    first.request.cancel()
+    assert all(listener.wait().reason == "length" for listener in [waiting, *others])
 
 
 def test_a_request_ends_when_its_time_is_up(start):
@@ -308,6 +366,23 @@ def test_a_number_finds_its_token_in_any_vocabulary(size):
         mass = probabilities.cumsum(-1)
         place = torch.searchsorted(mass, numbers[:, None] * mass[:, -1:], right=True).clamp(max=k - 1)
         assert (drawn(**cut) == order.gather(1, place)[:, 0]).float().mean() > 0.95, cut
+
+
+def test_equal_logits_are_chosen_alike_alone_and_in_a_crowd():
+    """In bf16 many are equal; sorted in another order where somebody else's cut is wide, a seed is worth nothing."""
+    logits = (2 * torch.randn(2, 5000)).bfloat16().float()
+    narrow, wide = Sampling(top_p=0.9), Sampling(top_k=3000)
+    for number in torch.rand(100).tolist():
+        alone = sample(logits[:1], [narrow], [Fixed(number)])
+        assert sample(logits, [narrow, wide], [Fixed(number), Fixed(0.5)])[0] == alone[0]
+
+
+def test_a_temperature_that_is_nearly_nothing_is_greedy():
+    """Rounded to 0 it divides 0 by 0, and every token is the first of the vocabulary."""
+    logits = torch.tensor([[0.0, 3.0, 1.0]])
+    for temperature in (1e-30, 1e-50, 5e-324):
+        for cut in ({}, {"top_k": 2}, {"top_p": 0.5}):
+            assert sample(logits, [Sampling(temperature, **cut)], [Fixed(0.9)]).tolist() == [1]
 
 
 def test_samples_follow_the_distribution_and_the_cuts():

@@ -35,6 +35,7 @@ def test_every_variant_is_a_run_of_its_own(table):
         assert len(names) == len(experiment.variants), name
 
 
+@pytest.mark.slow
 def test_a_table_has_a_row_per_variant_and_the_range_over_seeds(table):
     """One seed's figure that reads like the mean of several is not evidence."""
     lines = experiments.answer("decoder_memory", table, seeds=(0, 1)).splitlines()
@@ -60,6 +61,7 @@ def test_an_unknown_experiment_names_those_there_are(table):
         experiments.answer("decoder_windows", table)
 
 
+@pytest.mark.slow
 def test_stored_ids_are_judged_by_the_distance_to_the_teacher(table, monkeypatch):
     """A gap that is taken between different seeds, or from another teacher, is noise with a sign."""
     monkeypatch.setattr(verify_sparse_kd, "SPARSE_SEEDS", (0,))

@@ -225,6 +225,7 @@ def test_a_command_that_fails_tells_its_last_words():
         )
 
 
+@pytest.mark.slow
 def test_the_loss_is_measured_in_a_process_of_its_own(context: Context):
     """What the suite has used before would count as the loss's, or hide it."""
     measured = rows_main.loss_memory(context, tokens=1024, vocab_size=2048)
@@ -417,6 +418,7 @@ def test_the_context_s_share_needs_worth_and_latents_of_the_right_text(
 # -- the tests
 
 
+@pytest.mark.slow
 def test_the_row_of_the_tests_reads_time_and_coverage_of_both_packages(
     context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

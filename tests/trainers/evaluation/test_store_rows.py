@@ -87,6 +87,7 @@ def test_a_store_that_loses_an_acknowledged_row_falls_short(
     assert not broken.passed and counts["lost"] == counts["acknowledged"] / 4 and counts["sound"] == 1
 
 
+@pytest.mark.slow
 def test_a_store_that_is_slow_to_read_slows_the_training_and_is_found(
     context: Context, tiny_demo: Path, monkeypatch: pytest.MonkeyPatch
 ):
