@@ -27,7 +27,10 @@ class InferArguments:
     )
     prompt: str = field(default="", metadata={"help": "Text to continue; empty starts a new document."})
     max_new_tokens: int = field(default=128, metadata={"help": "Tokens to write at most."})
-    temperature: float = field(default=0.8, metadata={"help": "0 always takes the likeliest token (greedy)."})
+    temperature: float | None = field(
+        default=None,
+        metadata={"help": "0 always takes the likeliest token (greedy). Default: 0.8; 1 for an aligned head."},
+    )
     top_p: float = field(default=1.0, metadata={"help": "Sample among the likeliest tokens of this mass, in (0, 1]."})
     top_k: int = field(default=0, metadata={"help": "Sample among so many likeliest tokens; 0 for all."})
     seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
@@ -42,7 +45,7 @@ class InferArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the model code of a Hub repository."})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}: 1 keeps every token")
@@ -75,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     model.to(device).eval()
     head = getattr(model.config, "head_config", None)
+    if arguments.temperature is None:  # an aligned head's noise chooses whole patches: there is no other temperature
+        arguments.temperature = 1.0 if head is not None and head.head_type == "aligned" else 0.8
     if head is not None and head.head_type != "regression" and arguments.temperature and not arguments.use_kv_cache:
         raise ValueError(
             f"a head of type {head.head_type} samples with its cache only: drop --no_use_kv_cache, or set "
