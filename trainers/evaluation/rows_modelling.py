@@ -87,7 +87,7 @@ def aligned(context: Context, num_rows: int = 64, positions: int = 20_000) -> Me
     in_time = ours["seconds"] <= 1.05 * energy["seconds"]
     parts = []
     for name, one in found.items():
-        brier = "/".join(f"{value:.2f}" for value in one["brier"]["brier"][:4])
+        brier = "/".join(f"{100 * value:.2f}" for value in one["brier"]["brier"][:4])
         says = one["one_shot"]
         parts.append(
             f"{name}: Brier-1..4 {brier} %, {says['impossible']:.0%} impossible, drafts {says['accepted_greedy']:.2f} "
@@ -154,7 +154,7 @@ def calm_shape(context: Context, patch_sizes: Sequence[int] = (1, 2, 4, 8)) -> M
     scores = {k: one["brier_lm"] for k, one in found.items()}
     figure = "; ".join(
         f"K={k}: BrierLM {one['brier_lm']:.2f} ({one['brier_lm_interval'][0]:.2f} to "
-        f"{one['brier_lm_interval'][1]:.2f}), Brier-1 {one['brier'][0]:.2f} %, {one['seconds']:.0f} s"
+        f"{one['brier_lm_interval'][1]:.2f}), Brier-1 {100 * one['brier'][0]:.2f} %, {one['seconds']:.0f} s"
         for k, one in found.items()
     )
     best = max(scores, key=scores.__getitem__)
