@@ -280,7 +280,7 @@ class SideBySide:
         if run.kind == "student":
             with shuffled_context(model):
                 result["nll_shuffled"] = self.judge(model)["nll"]
-            if run.teacher is not None:
+            if run.teacher is not None and not model.is_aligned:  # whose logits are no distribution of its own
                 result["kl_to_teacher"] = self.kl_to_teacher(model, run.teacher)
         result |= {"run": self._portable(run), "shared": self.shared, "code": training_code()}
         result["seconds"] = json.loads((folder / "seconds.json").read_text())
