@@ -34,7 +34,7 @@ class FirstTokenProcessor(LogitsProcessor):
         self.top_p, self.temperature, self.seeds = top_p, temperature, seeds
         self.done = False
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`(B, T)` ids so far, `(B, V)` scores -> scores."""
         if self.done:
             return scores

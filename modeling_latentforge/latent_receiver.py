@@ -91,6 +91,8 @@ class ComposedBatch:
     def for_generate(self) -> dict[str, Any]:
         """What transformers' `generate` is given. It takes embeddings for all of the text, and cuts off as many as the
         cache holds: these stand there, and are never read."""
+        if self.input_ids is not None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         inputs: dict[str, Any] = {"inputs_embeds": self.inputs_embeds, "attention_mask": self.attention_mask}
         if self.past_key_values is not None:
             held = self.attention_mask.shape[1] - self.inputs_embeds.shape[1]

@@ -1,6 +1,6 @@
 """The evaluation of a wire: methods x data sets x receivers x numbers of latents x seeds, part by part.
 
-    examples of (data set, seed) -> records of (method, receiver, M), one an example -> means, tests, shares of the gain
+    examples of (data set, seed) -> records of (method, receiver, M), one an example -> means, tests, shares of a gain
 
 A finished part lies in `<work_dir>/<part>-<hash>.json`, the hash being of the weights, the examples, the settings and
 the code that measures: whoever interrupts an evaluation repeats the command and goes on. A seed is in it only where
@@ -13,10 +13,9 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from modeling_latentforge import LatentForgeWire
 
@@ -146,7 +145,8 @@ class WireEvaluation:
     def _part(self, label: str, key: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
         """What `measure` found, now or when it last ran with the same key; `{"refused": why}` where it refuses."""
         self._done += 1
-        name = label.replace(" ", "-").replace("/", "-")
+        # what draws nothing is the same part for every seed
+        name = label.partition(" seed ")[0].replace(" ", "-").replace("/", "-")
         path = self.work_dir / f"{name}-{_hash(dict(key), self._identity, measuring_code())}.json"
         label = f"[{self._done}/{self._total}] {label}"
         if path.exists():
@@ -198,12 +198,12 @@ class WireEvaluation:
             examined = _hash([asdict(example) for example in examples])
             for count in counts:
                 label = f"message {dataset} {_latents(count)} seed {seed}"
-                found = self._part(
-                    label, {"message": examined, "latents": count}, lambda: self._sizes(examples, count)
-                )  # noqa: B023
+                sized = self._part(
+                    label, {"message": examined, "latents": count}, partial(self._sizes, examples, count)
+                )
                 sizes += [
                     {"dataset": dataset, "seed": seed, "latent_len": count, "id": example.id, **entry}
-                    for example, entry in zip(examples, found, strict=True)
+                    for example, entry in zip(examples, sized, strict=True)
                 ]
             for method, name, count in plan:
                 about = {"dataset": dataset, "seed": seed, "method": method, "receiver": name, "latent_len": count}
@@ -468,9 +468,15 @@ def _gain_shares(
             continue
         closed, own, text = (scores_by_example(side, "nll") for side in (sides[0], group, sides[1]))
         documents = _documents(group)
-        columns = [[scores[name] for name in own] for scores in (closed, own, text)]
+        closed, own, text = ({name: scores[name] for name in own} for scores in (closed, own, text))
         try:
-            share = gain_share(*columns, [documents[name] for name in own], resamples=resamples)
+            share = gain_share(
+                list(closed.values()),
+                list(own.values()),
+                list(text.values()),
+                [documents[name] for name in own],
+                resamples=resamples,
+            )
         except ValueError as error:
             share = {"refused": str(error)}
         found.append({**_about(key), **share})

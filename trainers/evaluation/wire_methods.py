@@ -2,29 +2,30 @@
 
 B examples, M latents, A tokens of the longest answer.
 
-    method        what stands for the context                                      it shows
-    text          its tokens                                                       what the receiver can do
-    latent        its latents                                                      what the wire does
-    token_budget  its first tokens, as many as the latents                         what as many tokens do without a wire
-    closed_book   nothing                                                          what the receiver knows itself
-    shuffled      latents of another example                                       what a bridge has learned by heart
-    zero          latents of zeros                                                 the same, of the slots alone
-    replay        its tokens' embeddings as slots                                  that slots are read as text: equals it
-    raw           the same without the template's words                            what the template is worth
-    anchor        the same with an anchor, where the template has none             what an anchor is worth
-    adapter       its tokens' embeddings through the bridge, where sizes allow      what the bridge does to plain text
-    llmlingua2    the tokens that LLMLingua-2 keeps, as many as the latents        what a deployed compressor does
-    joint         latents; every receiver proposes, all judge                      what two readers agree on
-    linear_probe  latents, or states of the receiver that read the text, without   what a supervised reader makes of them
-                  any language model: a logistic regression
+    method        what stands for the context                           it shows
+    text          its tokens                                            what the receiver can do
+    latent        its latents                                           what the wire does
+    token_budget  its first tokens, as many as the latents              what as many tokens do without a wire
+    closed_book   nothing                                               what the receiver knows itself
+    shuffled      latents of another example                            what a bridge has learned by heart
+    zero          latents of zeros                                      the same, of the slots alone
+    replay        its tokens' embeddings as slots                       that slots are read as text: it equals text
+    raw           the same without the template's words                 what the template is worth
+    anchor        the same with an anchor, where there is none          what an anchor is worth
+    adapter       its tokens' embeddings through the bridge             what the bridge does to plain text
+    llmlingua2    tokens that LLMLingua-2 keeps, as many as latents     what a deployed compressor does
+    joint         latents; every receiver proposes, all judge           what several readers agree on
+    linear_probe  latents, or the receiver's states of the text         what a regression reads in either
 
-Whoever writes an answer is given contexts and prompts, never the gold answers nor their lengths.
+Whoever writes an answer is given contexts and prompts, never the gold answers nor their lengths. A receiver's LoRA
+was learned for latents: where there are none, the frozen model answers.
 """
 
 import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,9 +38,9 @@ from modeling_latentforge.generation_wire import FirstTokenProcessor
 from modeling_latentforge.latent_bridge import Injection
 from modeling_latentforge.latent_quantizer import LatentQuantizer
 from modeling_latentforge.latent_receiver import ComposedBatch, answer_nll
-from modeling_latentforge.modeling_wire import LatentForgeWireOutput
 
 from ..tasks import Example
+from ..wire_lora import without_adapter
 from .answers import exact_match, f1, gsm8k_match, label_accuracy, normalize_answer, token_f1
 
 
@@ -151,6 +152,10 @@ class Reading:
             return self.receiver.compose_text(self.contexts, prompts, answers, self.max_tokens)
         return self.receiver.compose(self.injection, prompts, answers)
 
+    def reader(self) -> AbstractContextManager[None]:
+        """Within, the receiver is the one that reads this."""
+        return without_adapter(self.receiver) if self.bridge is None else nullcontext()
+
 
 def token_ids(receiver: Receiver, text: str) -> list[int]:
     return receiver.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -211,7 +216,7 @@ def read(
         return _of_embeddings(receiver, bridge, method, contexts)
     if method not in OF_LATENTS or method in ("joint", "linear_probe"):
         raise ValueError(f"{method!r} is none of the methods that ask one receiver: {', '.join(METHODS[:-2])}")
-    message = wire.encode(contexts, num_latents)
+    message: Any = wire.encode(contexts, num_latents)
     counts = message.latent_mask.sum(1).tolist()
     if method == "token_budget":
         kept = [token_ids(receiver, context)[:count] for context, count in zip(contexts, counts, strict=True)]
@@ -243,7 +248,7 @@ def _of_embeddings(receiver: Receiver, bridge: Any, method: str, contexts: list[
             raise Refused(f"{own}: anchor is replay")
         receiver = _with_template(receiver, anchor=ANCHOR)
     injection = receiver.text_injection(contexts)
-    assert injection.mask is not None
+    assert injection.mask is not None and injection.embeds is not None
     tokens = injection.mask.sum(1).tolist()
     if method == "adapter":
         size = bridge.shape.hidden_size
@@ -259,7 +264,7 @@ def _of_embeddings(receiver: Receiver, bridge: Any, method: str, contexts: list[
     return Reading(receiver, tokens, [len(context.encode()) for context in contexts], injection=injection)
 
 
-def _with_template(receiver: Receiver, **fields: str) -> Receiver:
+def _with_template(receiver: Receiver, **fields: Any) -> Receiver:
     return Receiver(receiver.model, receiver.tokenizer, replace(receiver.template, **fields))
 
 
@@ -295,7 +300,8 @@ def score_answers(
         likeliest. `answer_tokens`, that count.
     """
     batch = reading.compose(prompts, answers)
-    logits, targets = reading.receiver.answer_logits(reading.injection, batch, reading.bridge)
+    with reading.reader():
+        logits, targets = reading.receiver.answer_logits(reading.injection, batch, reading.bridge)
     lengths = (targets != IGNORED).sum(1) - 1
     if num_tokens is not None:
         lengths = lengths.clamp(max=num_tokens)
@@ -317,7 +323,8 @@ def score_answers(
 def write_answers(reading: Reading, prompts: Sequence[str], ids: Sequence[str], decoding: Decoding) -> list[str]:
     """What the receiver answers; `ids` of the examples seed a draw."""
     batch = reading.compose(prompts)
-    return reading.receiver.write(reading.injection, batch, reading.bridge, **decoding.options(ids))
+    with reading.reader():
+        return reading.receiver.write(reading.injection, batch, reading.bridge, **decoding.options(ids))
 
 
 def task_metrics(metric: str, example: Example) -> tuple[str, ...]:
@@ -504,7 +511,7 @@ def probe_folds(
 @torch.no_grad()
 def pooled_latents(wire: LatentForgeWire, contexts: Sequence[str], num_latents: int | None = None) -> torch.Tensor:
     """Mean over a message's latents, `(B, D)`."""
-    message = wire.encode(contexts, num_latents)
+    message: Any = wire.encode(contexts, num_latents)
     mask = message.latent_mask[..., None]
     return ((message.last_hidden_state * mask).sum(1) / mask.sum(1)).float().cpu()
 
@@ -513,13 +520,14 @@ def pooled_latents(wire: LatentForgeWire, contexts: Sequence[str], num_latents: 
 def pooled_states(receiver: Receiver, contexts: Sequence[str], prompts: Sequence[str]) -> torch.Tensor:
     """Mean over a row of text of the receiver's last states, `(B, H)`."""
     batch = receiver.compose_text(contexts, prompts)
-    states = receiver.model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        output_hidden_states=True,
-    ).hidden_states[-1]
+    with without_adapter(receiver):
+        states = receiver.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states[-1]
     mask = batch.attention_mask[..., None]
     return ((states * mask).sum(1) / mask.sum(1)).float().cpu()
 
@@ -567,7 +575,7 @@ def message_sizes(
 ) -> list[dict[str, Any]]:
     """Bytes of each context's message, by packing it: `latents`, `context_bytes` (UTF-8) and `bytes` by codec, header
     included: those of `CODECS` and of the wire's own `codec`."""
-    output: LatentForgeWireOutput = wire(*wire.ids_of(contexts), num_latents=num_latents, quantized=False)
+    output = wire(*wire.ids_of(contexts), num_latents=num_latents, quantized=False)
     quantizers = {kind: LatentQuantizer(kind, wire.config.latent_size) for kind in CODECS}
     quantizers[wire.quantizer.kind] = wire.quantizer
     return [
@@ -612,7 +620,9 @@ def latency(
         for count in (1, new_tokens):
             before = clock()
             options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
-            reading.receiver.write(reading.injection, reading.compose([example.prompt]), reading.bridge, **options)
+            with reading.reader():
+                composed = reading.compose([example.prompt])
+                reading.receiver.write(reading.injection, composed, reading.bridge, **options)
             elapsed[count] = clock() - before
         if place:  # the first warms up
             times["encode"].append(encoded - start)

@@ -101,9 +101,7 @@ def gain_share(
     shares = document_sums(without - latents, names)
     gain = float((without - texts).mean())
     if gain <= 0:
-        raise ValueError(
-            f"the context as text brings {gain:.4f} nats per token: there is no gain that latents could have a share of"
-        )
+        raise ValueError(f"the context as text brings {gain:.4f} nats per token: there is no gain to have a share of")
     draws = {"level": level, "resamples": resamples, "seed": seed}
     counts = document_sums(torch.ones_like(without), names)
     return {
@@ -188,7 +186,7 @@ def scores_by_example(records: Iterable[Mapping[str, Any]], metric: str) -> dict
     for record in records:
         if record.get(metric) is None:
             raise ValueError(
-                f"the metric {metric!r} is missing of example {record['id']!r} ({record['method']}): it was not measured"
+                f"the metric {metric!r} is missing of example {record['id']!r}, method {record['method']}"
             )
         found.setdefault(record["id"], []).append(float(record[metric]))
     return {name: sum(values) / len(values) for name, values in found.items()}
