@@ -75,14 +75,15 @@ class EvaluateWireArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Default: MODEL/evaluation."})
 
     def __post_init__(self) -> None:
+        from trainers.arguments import split_words
         from trainers.command_line import model_path
         from trainers.evaluation.wire_evaluation import WireSettings
         from trainers.evaluation.wire_methods import Decoding
         from trainers.tasks import TASKS, TextCut
         from trainers.wire_models import parse_receivers
 
-        self.dataset = [ALIASES.get(name, name) for name in words(self.dataset)]
-        self.methods = words(self.methods)
+        self.dataset = [ALIASES.get(name, name) for name in split_words(self.dataset)]
+        self.methods = split_words(self.methods)
         for name in self.dataset:
             if name not in TASKS:
                 raise ValueError(f"unknown dataset {name!r}: known are {', '.join(TASKS)}")
@@ -112,15 +113,12 @@ class EvaluateWireArguments:
         self.model = model_path("model", self.model)
 
 
-def words(values: Sequence[str]) -> list[str]:
-    """Each once, commas or not."""
-    return list(dict.fromkeys(part.strip() for value in values for part in str(value).split(",") if part.strip()))
-
-
 def whole_numbers(name: str, values: Sequence[str]) -> list[int]:
     """Raises ValueError: something else."""
+    from trainers.arguments import split_words
+
     found = []
-    for word in words(values):
+    for word in split_words(values):
         try:
             found.append(int(word))
         except ValueError:
