@@ -218,7 +218,7 @@ class LatentForgeWire(CompleteCheckpointMixin, PreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         num_latents: int | None = None,
         quantized: bool = True,
@@ -233,25 +233,31 @@ class LatentForgeWire(CompleteCheckpointMixin, PreTrainedModel):
         Args:
             quantized: False: as they are before the quantizer.
             receiver, prompts, answers: also ask this receiver about the answers, one prompt and one answer a text.
-            texts: it reads these themselves in the place of the latents.
+            texts: it reads these themselves in the place of the latents; `input_ids` may then be left out.
 
         Raises:
-            ValueError: one of `receiver`, `prompts` and `answers` without the others; see also [`Receiver.compose`].
+            ValueError: one of `receiver`, `prompts` and `answers` without the others, nothing to read; see also
+                [`Receiver.compose`].
         """
         if len({receiver is None, prompts is None, answers is None}) > 1:
             raise ValueError(
                 "`receiver`, `prompts` and `answers` go together: give all three, or none for the latents."
             )
-        latents, mask = self.encoder(input_ids, attention_mask, num_latents)
-        for layer in self.refiner:
-            latents = layer(latents, latents, mask[:, None])
-        if quantized:
-            latents = self.quantizer(latents)
-        output = LatentForgeWireOutput(last_hidden_state=latents * mask[..., None], latent_mask=mask)
+        if input_ids is None and (texts is None or receiver is None):
+            raise ValueError("There is nothing to read: give `input_ids`, or `texts` and the `receiver` of them.")
+        output = LatentForgeWireOutput()
+        if input_ids is not None:
+            latents, mask = self.encoder(input_ids, attention_mask, num_latents)
+            for layer in self.refiner:
+                latents = layer(latents, latents, mask[:, None])
+            if quantized:
+                latents = self.quantizer(latents)
+            output.last_hidden_state, output.latent_mask = latents * mask[..., None], mask
         if receiver is not None:
             assert prompts is not None and answers is not None
-            injection = self.inject(receiver, output)
-            output.slots, output.slot_mask = injection.embeds, injection.mask
+            if input_ids is not None:
+                injection = self.inject(receiver, output)
+                output.slots, output.slot_mask = injection.embeds, injection.mask
             if texts is not None:
                 injection = self.receiver(receiver).text_injection(texts)
             output.answer_logits, output.answer_ids = self.ask(receiver, injection, prompts, answers)
