@@ -1,7 +1,7 @@
 """Which of two evaluations of the same examples is better, and whether it could be chance.
 
     python scripts/compare_runs.py runs/a/evaluation runs/b/evaluation
-    python scripts/compare_runs.py runs/a/evaluation runs/b/evaluation --methods latent --metrics f1,nll --output d.json
+    python scripts/compare_runs.py evaluation_a evaluation_b --methods latent --metrics f1,nll --output d.json
 
 A and B are folders of scripts/evaluate_wire.py. Each method, receiver and number of latents that both have is compared
 on its examples, A less B: mean difference with its BCa interval, p of sign flips, McNemar's for right or wrong, and

@@ -10,8 +10,9 @@ adapter, llmlingua2, joint, linear_probe (what each is: trainers/evaluation/wire
 commas or spaces.
 
 Writes wire_evaluation.json, wire_evaluation.md, rate-quality curves and predictions.jsonl, every answer, into
-MODEL/evaluation, or --output_dir; scripts/compare_runs.py compares two such folders. Finished parts are kept in its
-folder `parts`: a command that was interrupted goes on where it stopped.
+MODEL/evaluation, or --output_dir, and the figures into the model card beside the weights; scripts/compare_runs.py
+compares two such folders. Finished parts are kept in its folder `parts`: a command that was interrupted goes on where
+it stopped. Examples that encoder or receivers cannot read whole are left out for all methods, and counted.
 """
 
 import shlex
@@ -21,9 +22,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-
-ALIASES = {"hotpot": "hotpotqa"}
 
 
 @dataclass
@@ -38,15 +36,17 @@ class EvaluateWireArguments:
     )
     data: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "name=FILE, folder or Hub id of each data set; a single one needs no name. Default: its Hub id."
-        },
+        metadata={"help": "A file, folder or Hub id for each data set; hub, or none at all: its own on the Hub."},
     )
     split: str | None = field(default=None, metadata={"help": "Default: validation, or test where there is none."})
     hotpot_setting: str = field(default="distractor", metadata={"help": "distractor or oracle."})
-    text_mode: str = field(default="continue", metadata={"help": "Of the data set text: continue or reconstruct."})
-    context_tokens: int = field(default=128, metadata={"help": "Of a context of the data set text."})
-    answer_tokens: int = field(default=32, metadata={"help": "Of the answer of the data set text."})
+    text_mode: str = field(
+        default="continue", metadata={"help": "text: continue (what follows) or reconstruct (itself)."}
+    )
+    context_tokens: int = field(default=128, metadata={"help": "text: of a context, 4 characters each."})
+    continue_tokens: int = field(default=32, metadata={"help": "text: of what follows."})
+    text_field: str = field(default="text", metadata={"help": "text: field that holds it."})
+    repeat_prompt: str = field(default="", metadata={"help": "text, reconstruct: the prompt, as in the training."})
     methods: list[str] = field(
         default_factory=lambda: ["text,latent,token_budget,closed_book,shuffled,zero"],
         metadata={"help": "See above."},
@@ -80,23 +80,35 @@ class EvaluateWireArguments:
         from trainers.evaluation.wire_evaluation import WireSettings
         from trainers.evaluation.wire_methods import Decoding
         from trainers.tasks import TASKS, TextCut
+        from trainers.wire_data import HUB, OTHER_NAMES
         from trainers.wire_models import parse_receivers
 
-        self.dataset = [ALIASES.get(name, name) for name in split_words(self.dataset)]
+        self.dataset = [OTHER_NAMES.get(name, name) for name in split_words(self.dataset)]
         self.methods = split_words(self.methods)
         for name in self.dataset:
             if name not in TASKS:
-                raise ValueError(f"unknown dataset {name!r}: known are {', '.join(TASKS)}")
+                raise ValueError(f"unknown dataset {name!r}: known are {', '.join(TASKS)}, hotpot")
         if not self.dataset:
             raise ValueError("dataset: name at least one")
-        self.sources = _sources(self.data, self.dataset)
+        if self.data and len(self.data) != len(self.dataset):
+            raise ValueError(
+                f"data names {len(self.data)} sources for the {len(self.dataset)} data sets "
+                f"{', '.join(self.dataset)}: give one for each, `{HUB}` for a data set's own"
+            )
+        places = [None if place == HUB else place for place in self.data] or [None] * len(self.dataset)
+        self.sources: dict[str, str | None] = dict(zip(self.dataset, places, strict=True))
         self.counts = whole_numbers("latent_len", self.latent_len)
         self.numbers = whole_numbers("seeds", self.seeds)
         if not self.numbers:
             raise ValueError("seeds: name at least one")
         if self.max_examples is not None and self.max_examples < 1:
             raise ValueError(f"max_examples must be at least 1, got {self.max_examples}")
-        self.text_cut = TextCut(self.text_mode, self.context_tokens, self.answer_tokens)  # type: ignore[arg-type]
+        self.text_cut = TextCut(
+            self.text_mode,  # type: ignore[arg-type]
+            self.context_tokens,
+            self.continue_tokens,
+            text_field=self.text_field,
+        )
         self.settings = WireSettings(
             methods=tuple(self.methods),
             latent_lens=tuple(self.counts) or (None,),
@@ -126,20 +138,6 @@ def whole_numbers(name: str, values: Sequence[str]) -> list[int]:
     return found
 
 
-def _sources(data: Sequence[str], datasets: Sequence[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for entry in data:
-        name, equals, place = entry.partition("=")
-        name = ALIASES.get(name, name)
-        if equals and name in datasets:
-            found[name] = place
-        elif len(datasets) == 1 and len(data) == 1:
-            found[datasets[0]] = entry
-        else:
-            raise ValueError(f"data: {entry!r} must read name=place, with a name of {', '.join(datasets)}")
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> Path:
     """Parse, load, answer, write; returns the path of the JSON."""
     from trainers.arguments import parse_arguments
@@ -152,9 +150,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     from transformers.utils import logging
 
     from trainers.command_line import check_writable
-    from trainers.evaluation.wire_evaluation import WireEvaluation
+    from trainers.evaluation.wire_evaluation import WireEvaluation, readable
     from trainers.evaluation.wire_report import write_wire_evaluation
-    from trainers.model_card import weights_hash
+    from trainers.model_card import read_evaluation, update_card, weights_hash
     from trainers.tasks import TASKS
     from trainers.wire_models import load_wire
 
@@ -164,36 +162,46 @@ def main(argv: Sequence[str] | None = None) -> Path:
     output_dir = Path(arguments.output_dir or (folder / "evaluation" if folder.is_dir() else "results/evaluation"))
     check_writable(output_dir)
     weights = weights_hash(arguments.model)  # before they are read: a training may go on in that folder
-    examples = _examples(arguments)
+    loaded = _examples(arguments)
     wire = load_wire(arguments.model, arguments.places, arguments.device, arguments.dtype)
+    examples = readable(wire, loaded, arguments.settings.decoding.max_new_tokens)
     metrics = {name: TASKS[name].metric for name in arguments.dataset}
     evaluation = WireEvaluation(wire, examples, metrics, arguments.settings, output_dir / "parts", _say, _bar)
     report, records = evaluation.run()
     report["conditions"] |= {
         "command": f"python scripts/evaluate_wire.py {shlex.join(argv[1:] if argv[0] == '--model' else argv)}",
-        "data": ", ".join(f"{name} ({arguments.sources.get(name) or 'Hub'})" for name in arguments.dataset),
+        "data": ", ".join(f"{name} ({place or 'Hub'})" for name, place in arguments.sources.items()),
         "receivers": ", ".join(f"{name} ({place})" for name, place in arguments.places.items()),
         "weights": weights,
         "seconds": round(time.perf_counter() - started, 1),
     }
+    report["conditions"]["left_out"] = {
+        f"{name}, seed {seed}": len(loaded[name, seed]) - len(kept) for (name, seed), kept in examples.items()
+    }
     paths = write_wire_evaluation(report, records, output_dir)
+    if (folder / "README.md").exists() and output_dir == folder / "evaluation" and read_evaluation(folder):
+        update_card(folder)
     print(f"{report['conditions']['seconds']:.0f} s; kept in {paths['md']}, {paths['json']}, {paths['predictions']}")
     return paths["json"]
 
 
 def _examples(arguments: EvaluateWireArguments) -> dict[tuple[str, int], Any]:
-    from trainers.tasks import TASKS, load_task
+    from dataclasses import replace
 
-    found = {}
-    for name in arguments.dataset:
-        split = arguments.split or ("validation" if "validation" in (TASKS[name].splits or ["validation"]) else "test")
+    from trainers.tasks import has_split, load_task
+
+    found: dict[tuple[str, int], Any] = {}
+    for name, source in arguments.sources.items():
+        split = arguments.split or ("validation" if has_split(name, "validation", source) else "test")
         options: dict[str, Any] = {"text_cut": arguments.text_cut} if name == "text" else {}
         if name == "hotpotqa":
             options["hotpot_setting"] = arguments.hotpot_setting
-        for seed in arguments.numbers:
-            found[name, seed] = load_task(
-                name, split, arguments.sources.get(name), arguments.max_examples, seed, **options
-            )
+        for seed in arguments.numbers if arguments.max_examples else arguments.numbers[:1]:
+            found[name, seed] = load_task(name, split, source, arguments.max_examples, seed, **options)
+            if name == "text" and arguments.text_mode == "reconstruct":
+                found[name, seed] = [replace(x, prompt=arguments.repeat_prompt) for x in found[name, seed]]
+        for seed in arguments.numbers:  # without a draw all have the same
+            found.setdefault((name, seed), found[name, arguments.numbers[0]])
     return found
 
 

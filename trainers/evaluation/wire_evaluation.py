@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,40 @@ class WireSettings:
             raise ValueError(f"latent_len must be at least 1, got {wrong[0]}")
 
 
+def readable(
+    wire: LatentForgeWire, examples: Mapping[tuple[str, int], Sequence[Example]], max_new_tokens: int
+) -> dict[tuple[str, int], list[Example]]:
+    """The examples whose context the encoder, and whose text, answers included, every receiver reads whole: the same
+    for all methods.
+
+    Raises:
+        ValueError: a data set has none; it says what the first one fails at.
+    """
+
+    @cache
+    def complaint(example: Example) -> str:
+        try:
+            wire.ids_of([example.context], "cpu")
+            for receiver in wire.receivers.values():
+                config = receiver.model.config.get_text_config()
+                limit = getattr(config, "max_position_embeddings", None)
+                receiver.compose_text([example.context], [example.prompt], example.answers[:1])
+                rows = receiver.compose_text([example.context], [example.prompt])
+                length = rows.attention_mask.shape[1] + max_new_tokens
+                if limit is not None and length > limit:
+                    return f"text and answer have {length} tokens, the receiver reads {limit}"
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    found = {key: [example for example in given if not complaint(example)] for key, given in examples.items()}
+    for (dataset, _), kept in found.items():
+        if not kept:
+            first = next(given for (name, _), given in examples.items() if name == dataset)[0]
+            raise ValueError(f"No example of {dataset} can be read whole, the first because: {complaint(first)}")
+    return found
+
+
 class WireEvaluation:
     """Answers the examples by every method, keeps the answers, and compares them.
 
@@ -138,6 +172,7 @@ class WireEvaluation:
             for name, receiver in sorted(wire.receivers.items())
         }
         self._identity = {"wire": model_identity(wire), "receivers": receivers}
+        self._environment = environment()
         self._done, self._total = 0, 0
 
     # -- what is kept
@@ -238,7 +273,7 @@ class WireEvaluation:
 
     def _conditions(self) -> dict[str, Any]:
         return {
-            **environment(),
+            **self._environment,
             "date": _now(),
             "device": str(self.wire.device),
             "dtype": str(self.wire.dtype).removeprefix("torch."),
@@ -307,7 +342,7 @@ class WireEvaluation:
         key = {
             **about,
             "latency": [asdict(example) for example in examples],
-            "where": [environment()["machine"], str(self.wire.device)],  # of all figures these alone are a machine's
+            "where": [self._environment["machine"], str(self.wire.device)],  # of all figures these are a machine's
         }
         assert name is not None
         label = f"latency {method} {dataset} {name} {_latents(count)}"
