@@ -103,9 +103,7 @@ def test_each_smoke_recipe_trains_saves_loads_and_writes(recipe, room, tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.pipeline_tag == "feature-extraction" and card.data.license == "unknown"
     written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.suffix in (".json", ".md"))
-    assert str(room) not in written.replace((tmp_path / "trainer_state.json").read_text(), ""), (
-        "a path of this machine"
-    )
+    assert str(room) not in written, "a path of this machine"
 
 
 def test_a_further_receiver_trains_its_bridge_and_nothing_else(room, tmp_path):
@@ -167,7 +165,7 @@ def test_the_latents_come_out_of_the_feature_extraction_pipeline(room, tmp_path)
     exec(code.replace(re.search(r'repo_id = "(.*)"', code).group(1), str(tmp_path)), {})  # the card's own words
 
 
-def test_wrong_flags_are_told(room, tmp_path):
+def test_wrong_flags_are_told(room, tmp_path, capsys):
     """Each would train something else than was meant, or stop after the data is read."""
     for more, message in (
         ("--use_deep_prefix --use_coprocessor", "use_coprocessor is bridge 'pooled_kv', and use_deep_prefix sets"),
@@ -186,4 +184,4 @@ def test_wrong_flags_are_told(room, tmp_path):
         )
         with pytest.raises((ValueError, SystemExit)) as stop:
             train_wire.main(asked)
-        assert isinstance(stop.value, SystemExit) or message in str(stop.value), more
+        assert message in (capsys.readouterr().err if isinstance(stop.value, SystemExit) else str(stop.value)), more
