@@ -165,6 +165,19 @@ def test_the_latents_come_out_of_the_feature_extraction_pipeline(room, tmp_path)
     exec(code.replace(re.search(r'repo_id = "(.*)"', code).group(1), str(tmp_path)), {})  # the card's own words
 
 
+def test_the_readmes_commands_and_python_run(room, tmp_path, monkeypatch, capsys):
+    """The first thing that anybody tries."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Wire\n")[1].split("\n## ")[0]
+    command = re.search(r"^\.venv/bin/python scripts/train_wire\.py (.*)$", text, re.MULTILINE).group(1)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "teacher").symlink_to(room / "llama")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{line} " * 30}) + "\n" for line in STORY))
+    monkeypatch.chdir(tmp_path)
+    train_wire.main([*command.replace("builtin:python", "text.jsonl").split(), *RUN.split()])
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1), {})
+    assert "torch.Size([1, " in capsys.readouterr().out
+
+
 def test_wrong_flags_are_told(room, tmp_path, capsys):
     """Each would train something else than was meant, or stop after the data is read."""
     for more, message in (
