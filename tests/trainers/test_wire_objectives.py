@@ -14,7 +14,7 @@ from trainers import WireConfig, WireTrainer
 from trainers.elastic import elastic_plan
 from trainers.losses.answers import align_loss, first_token_accuracy, repeat_loss
 from trainers.wire_lora import adapter_parameters, add_adapter, without_adapter
-from trainers.wire_models import load_wire, parse_receivers, save_wire
+from trainers.wire_models import load_receiver, load_wire, parse_receivers, save_wire
 from trainers.wire_trainer import LEARNING, beginning
 
 
@@ -189,6 +189,28 @@ def test_a_saved_wire_comes_back_with_adapters_and_templates(tmp_path):
         load_wire(str(tmp_path / "wire"), {**places, "qwen": "x"})
     with pytest.raises(ValueError, match="holds a llama model, no wire"):
         load_wire(places["llama"], {})
+
+
+def test_a_receivers_template_is_its_tokenizers_where_it_has_one(tmp_path):
+    """A chat model that is asked without its turns answers as if nobody had asked."""
+    reader = receiver("llama")
+    reader.model.save_pretrained(tmp_path)
+    reader.tokenizer.save_pretrained(tmp_path)
+    assert load_receiver(str(tmp_path), anchor="So:").template == Template(anchor="So:")
+    with pytest.raises(ValueError, match="no chat template"):
+        load_receiver(str(tmp_path), template="chat")
+    reader.tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    reader.tokenizer.save_pretrained(tmp_path)
+    assert load_receiver(str(tmp_path)).template == Template(True, "<user>", "<assistant>")
+    assert load_receiver(str(tmp_path), bos=False).template == Template(False, "<user>", "<assistant>")
+    assert load_receiver(str(tmp_path), template="plain").template == Template()
+    assert load_receiver(str(tmp_path), dtype="bfloat16").model.dtype == torch.bfloat16
+    for given, message in (({"template": "chatty"}, "must be one of"), ({"dtype": "int9"}, "dtype must be")):
+        with pytest.raises(ValueError, match=message):
+            load_receiver(str(tmp_path), **given)
 
 
 def test_a_receivers_name_is_given_or_its_places_last_part():
