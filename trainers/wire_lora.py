@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 from modeling_latentforge import Receiver
 
@@ -46,6 +47,7 @@ def add_adapter(
         lora_alpha=2 * r if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=targets if names == ["all-linear"] else names,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in receiver.model.modules()),  # GPT-2's
     )
     # no task type: peft's causal-LM wrapper would pass inputs_embeds a second time
     receiver.model = _peft().get_peft_model(receiver.model, config).eval()

@@ -15,7 +15,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from modeling_latentforge import LatentForgeWire, Receiver, Template
+from modeling_latentforge.configuration_wire import NUM_BYTES
 
 from .command_line import choose_device, model_path
 from .wire_lora import has_adapter, load_adapter, save_adapter
@@ -177,10 +182,21 @@ def save_wire(wire: LatentForgeWire, directory: str | Path) -> None:
     save_beside(wire, directory)
 
 
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """What a wire of bytes does by itself, for tools that ask for a tokenizer: a text's UTF-8 bytes are its ids."""
+    backend = Tokenizer(models.BPE(vocab={mark: byte for byte, mark in bytes_to_unicode().items()}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|pad|>", padding_side="right")
+    assert tokenizer.pad_token_id == NUM_BYTES
+    return tokenizer
+
+
 def save_beside(wire: LatentForgeWire, directory: str | Path) -> None:
     """What [`save_wire`] writes beside the weights."""
-    if wire.tokenizer is not None:
-        wire.tokenizer.save_pretrained(directory)
+    tokenizer = byte_tokenizer() if wire.config.source == "bytes" else wire.tokenizer
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
     for name, receiver in wire.receivers.items():
         if has_adapter(receiver):
             save_adapter(receiver, Path(directory) / ADAPTERS / name)
