@@ -152,6 +152,7 @@ class LatentForgePreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, LatentForgeTokenLookup):
             init.constant_(module.gate.weight, 0.3)
+            init.zeros_(module.gate.weight[0])
         elif isinstance(module, LatentForgeModel):
             init.normal_(module.start, std=std)
 

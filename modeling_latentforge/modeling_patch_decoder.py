@@ -111,13 +111,14 @@ class LatentForgeTokenLookup(nn.Module):
         self.sizes = sizes
         self.projection = nn.Linear(width, width, bias=False)
         self.norm = nn.RMSNorm(width, eps=eps)
-        self.gate = nn.Embedding(len(sizes) + 1, width)  # by level: a longer ending is the surer guess
+        # by level: a longer ending is the surer guess; nothing found gives 0
+        self.gate = nn.Embedding(len(sizes) + 1, width, padding_idx=0)
         self.level = nn.Embedding(len(sizes) + 1, width)
 
     def forward(self, embeds: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         """Embeddings `(B, T, E)` of the tokens that followed, and levels `(B, T)` -> `(B, T, E)`."""
         found = self.norm(self.projection(embeds).to(self.norm.weight.dtype))
-        return found * self.gate(levels) * (levels > 0)[..., None] + self.level(levels)
+        return found * self.gate(levels) + self.level(levels)
 
 
 class LatentForgeWindowAttention(nn.Module):

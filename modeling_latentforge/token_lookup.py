@@ -38,8 +38,8 @@ def find_continuations(
         sizes: of endings, see [`ending_sizes`].
 
     Returns:
-        `(B, T)` ids of what followed, 0 where nothing did, and `(B, T)` levels: 0, or the place in `sizes`, from 1 on,
-        of the longest ending that stood there before.
+        `(B, T)` ids of what followed, and `(B, T)` levels: the place in `sizes`, from 1 on, of the longest ending that
+        stood there before; 0 where nothing did, whatever the id.
 
     Time grows with T log T: endings are compared by a hash of 64 bits.
     """
@@ -58,8 +58,7 @@ def find_continuations(
         levels = levels.masked_fill(seen, level)
         found = torch.where(seen, before + 1, found)
     following = known.gather(1, found)
-    levels = levels.masked_fill((following < 0) | (known < 0), 0)
-    return following.masked_fill(levels == 0, 0), levels
+    return following.clamp(min=0), levels.masked_fill(following < 0, 0)
 
 
 def begin_history(
@@ -72,32 +71,25 @@ def begin_history(
         lengths: how many of them each row holds.
 
     Returns:
-        the rows, aligned on the right `(B, P)`, P the largest length; and how many tokens before each place, it
-        included, are the row's last ones `(B, P)`, up to the largest size.
+        the rows, newest token first, `(B, P)`, P the largest length; and how many tokens up to each place, it
+        included, are the row's last ones `(B, P)`, up to the largest size, 0 for the newest itself.
     """
     longest = max(lengths)
     known = ids if mask is None else ids.masked_fill(~mask, MISSING)
     if min(lengths) == longest:
-        history = known[:, :longest].clone()
+        history = known[:, :longest].flip(1)
     else:
-        counts = torch.tensor(lengths, device=ids.device)
-        places = counts[:, None] - longest + torch.arange(longest, device=ids.device)
+        places = torch.tensor(lengths, device=ids.device)[:, None] - 1 - torch.arange(longest, device=ids.device)
         history = known.gather(1, places.clamp(min=0)).masked_fill(places < 0, MISSING)
-    return history, _runs(history, max(sizes, default=0))
-
-
-def _runs(history: torch.Tensor, longest: int) -> torch.Tensor:
-    length = history.shape[1]
-    alive = torch.ones_like(history, dtype=torch.bool)
     runs = torch.zeros_like(history)
-    for back in range(min(longest, length)):
-        last = history[:, length - 1 - back, None]
-        same = torch.zeros_like(alive)
-        same[:, back:] = (history[:, : length - back] == last) & (last >= 0)
-        alive = alive & same
-        runs = runs + alive
-    runs[:, length - 1 :] = 0  # the end itself
-    return runs
+    alive = history == history  # what has ended as the row does, so far
+    alive[:, 0] = False
+    for back in range(min(max(sizes, default=0), longest)):
+        last = history[:, back, None]
+        same = (history[:, back:] == last) & (last >= 0)
+        alive &= torch.nn.functional.pad(same, (0, back))
+        runs += alive
+    return history, runs
 
 
 def extend_history(
@@ -109,17 +101,12 @@ def extend_history(
         history and runs `(B, P + 1)`, and what followed the row's ending before, `(B,)` ids and levels as in
         [`find_continuations`].
     """
+    matching = last = token[:, None]
     if mask is not None:
-        token = token.masked_fill(~mask, MISSING)
-    last = token[:, None]
-    same = (history == last) & (last >= 0)
-    runs = (torch.nn.functional.pad(runs[:, :-1], (1, 0)) + 1) * same
-    longer = history.new_tensor(sizes)
-    level_of_place = torch.bucketize(runs, longer, right=True)  # how many sizes fit
-    length = history.shape[1]
-    best = (level_of_place * length + torch.arange(length, device=history.device)).amax(1)
-    levels, places = best // length, best % length
-    history = torch.cat([history, last], dim=1)
-    following = history.gather(1, places[:, None] + 1)[:, 0]
-    levels = levels.masked_fill(following < 0, 0)
-    return history, torch.nn.functional.pad(runs, (0, 1)), following.masked_fill(levels == 0, 0), levels
+        last, matching = last.masked_fill(~mask[:, None], MISSING), last.masked_fill(~mask[:, None], MISSING - 1)
+    runs = (torch.nn.functional.pad(runs[:, 1:], (0, 1)) + 1) * (history == matching)
+    # how many sizes fit, and the latest place where that many do: `max` names the first
+    levels, place = torch.bucketize(runs, runs.new_tensor(sizes), right=True).max(1)
+    history = torch.cat([last, history], dim=1)
+    following = history.gather(1, place[:, None])[:, 0]
+    return history, torch.nn.functional.pad(runs, (1, 0)), following.clamp(min=0), levels.masked_fill(following < 0, 0)

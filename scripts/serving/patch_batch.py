@@ -20,7 +20,10 @@ from modeling_latentforge.token_lookup import MISSING, begin_history, extend_his
 
 
 PLACES_STEP = 32  # places are added by so many: growing copies everything
-GROWING = {"history": MISSING, "runs": 0}  # of `token_lookup`, a column a token, and what stands before shorter rows
+GROWING = {
+    "history": MISSING,
+    "runs": 0,
+}  # of `token_lookup`, a column a token, newest first; what stands behind shorter rows
 
 
 def room_for(rows: int, places: int) -> tuple[int, int]:
@@ -42,7 +45,7 @@ class RowState:
     Attributes:
         length: places on the patch grid that are filled.
         num_patches: those that the backbone holds.
-        fixed: tensors `(1, ...)` whose size does not grow, and what `token_lookup` remembers, aligned on the right.
+        fixed: tensors `(1, ...)` whose size does not grow, and what `token_lookup` remembers.
         placed: tensors `(1, h, n, d)` with one entry per patch.
         logits: `(1, V)`, of the next token.
     """
@@ -168,7 +171,7 @@ class Prefill:
 
 
 def _widened(name: str, x: torch.Tensor, width: int) -> torch.Tensor:
-    return torch.nn.functional.pad(x, (width - x.shape[1], 0), value=GROWING[name])
+    return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=GROWING[name])
 
 
 def _stacked(name: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -341,7 +344,7 @@ class PatchBatch:
         self.fixed = {name: x.index_select(0, index) for name, x in self.fixed.items()}
         for name in GROWING:
             if name in self.fixed:
-                self.fixed[name] = self.fixed[name][:, -max(self.lengths) :]
+                self.fixed[name] = self.fixed[name][:, : max(self.lengths)]
         assert self.logits is not None
         self.logits = self.logits.index_select(0, index)
         self.num_patches = self.num_patches.index_select(0, index)
