@@ -31,7 +31,7 @@ class LatentForgeWireConfig(PreTrainedConfig):
         quantizer: `none`, `fp16`, `int8`, `int4` or `fsq`.
         quantizer_levels: of FSQ's dimensions.
         bridges: receiver's name -> what its bridge was built with: the receiver's shape (`hidden_size`, `num_layers`,
-            `num_key_value_heads`, `head_dim`, `embed_rms`), `mode` and sizes.
+            `num_key_value_heads`, `head_dim`, `embed_rms`), `mode` and sizes, and the `template` it learned for.
             [`LatentForgeWire.add_receiver`] fills it.
 
     Raises:

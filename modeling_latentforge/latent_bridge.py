@@ -19,6 +19,7 @@ from torch import nn
 
 
 MODES = ("soft", "kv", "pooled_kv", "cross")
+CALIBRATIONS = ("embed_rms", "none")
 
 
 @dataclass
@@ -113,13 +114,15 @@ class LatentBridge(nn.Module):
         hidden_size: of the MLP; default twice D.
         pooled_slots: of `pooled_kv`.
         static_slots: before the message's.
+        calibration: of the slots of `soft`: `embed_rms` brings each to the receiver's embedding size, `none` leaves
+            them as they are.
         adapter_layers: of `cross`; default every fourth, from the third on.
 
     Slots of `soft` are normalised and brought to the receiver's embedding size, message by message: outside it frozen
     layers read noise.
 
     Raises:
-        ValueError: an unknown mode, adapters of layers that the receiver does not have.
+        ValueError: an unknown mode or calibration, adapters of layers that the receiver does not have.
     """
 
     def __init__(
@@ -131,13 +134,17 @@ class LatentBridge(nn.Module):
         hidden_size: int | None = None,
         pooled_slots: int = 2,
         static_slots: int = 0,
+        calibration: str = "embed_rms",
         adapter_layers: tuple[int, ...] | None = None,
         eps: float = 1e-6,
     ):
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"A bridge's `mode` must be one of {', '.join(MODES)}, got {mode!r}.")
+        if calibration not in CALIBRATIONS:
+            raise ValueError(f"`calibration` must be one of {', '.join(CALIBRATIONS)}, got {calibration!r}.")
         self.shape, self.mode, self.pooled_slots, self.eps = shape, mode, pooled_slots, eps
+        self.is_calibrated = calibration == "embed_rms"
         hidden_size = hidden_size or 2 * latent_size
         self.log_start = math.log(max(shape.embed_rms, 1e-6))
         self.static = (
@@ -161,7 +168,8 @@ class LatentBridge(nn.Module):
         if mode == "soft":
             self.out = nn.Linear(hidden_size, shape.hidden_size)
             self.skip = nn.Linear(latent_size, shape.hidden_size, bias=False)
-            self.log_size = nn.Parameter(torch.full((max_slots,), self.log_start))
+            if self.is_calibrated:
+                self.log_size = nn.Parameter(torch.full((max_slots,), self.log_start))
         else:
             slots = pooled_slots if mode == "pooled_kv" else 1
             self.out = nn.Linear(
@@ -178,9 +186,11 @@ class LatentBridge(nn.Module):
         elif self.mode == "soft":
             inner = self.norm(latents)
             slots = self.out(self.mlp(inner)) + self.skip(inner)
-            slots = slots * (slots.float().square().mean(-1, keepdim=True) + self.eps).rsqrt().to(slots.dtype)
-            number = torch.arange(slots.shape[1], device=slots.device).clamp(max=len(self.log_size) - 1)
-            injection.embeds, injection.mask = slots * self.log_size[number].exp()[:, None], mask
+            if self.is_calibrated:
+                slots = slots * (slots.float().square().mean(-1, keepdim=True) + self.eps).rsqrt().to(slots.dtype)
+                number = torch.arange(slots.shape[1], device=slots.device).clamp(max=len(self.log_size) - 1)
+                slots = slots * self.log_size[number].exp()[:, None]
+            injection.embeds, injection.mask = slots, mask
         else:
             inner = self.norm(latents)
             if self.mode == "pooled_kv":

@@ -32,12 +32,15 @@ from .modeling_autoencoder import CompleteCheckpointMixin
 class LatentForgeWireOutput(ModelOutput):
     """`last_hidden_state`: latents `(B, M, D)` as a receiver gets them; `latent_mask (B, M)`: which are there. With a
     receiver and answers: `answer_logits (B, A, V)`, what it says about each of the answers' A tokens, and `answer_ids
-    (B, A)`, these, EOS included, -100 behind them."""
+    (B, A)`, these, EOS included, -100 behind them; `slots (B, S, H)` and `slot_mask (B, S)`, what its bridge put in
+    the place of token embeddings, None of a bridge that puts nothing there."""
 
     last_hidden_state: torch.FloatTensor | None = None
     latent_mask: torch.Tensor | None = None
     answer_logits: torch.FloatTensor | None = None
     answer_ids: torch.LongTensor | None = None
+    slots: torch.FloatTensor | None = None
+    slot_mask: torch.Tensor | None = None
 
 
 class LatentForgeWire(CompleteCheckpointMixin, PreTrainedModel):
@@ -85,13 +88,14 @@ class LatentForgeWire(CompleteCheckpointMixin, PreTrainedModel):
         if isinstance(module, LatentBridge):
             if module.static is not None:
                 init.normal_(module.static, 0.0, module.shape.embed_rms)
-            if module.mode == "soft":
+            if module.mode == "soft" and module.is_calibrated:
                 init.constant_(module.log_size, module.log_start)
 
     # -- receivers
 
     def _build_bridge(self, fields: dict[str, Any]) -> LatentBridge:
         fields = dict(fields)
+        fields.pop("template", None)
         shape = ReceiverShape(**{name: fields.pop(name) for name in ReceiverShape.__dataclass_fields__})
         if fields.get("adapter_layers") is not None:
             fields["adapter_layers"] = tuple(fields["adapter_layers"])
@@ -104,7 +108,7 @@ class LatentForgeWire(CompleteCheckpointMixin, PreTrainedModel):
 
         Args:
             name: under which it is asked.
-            receiver: a frozen language model.
+            receiver: a frozen language model. Its template is kept in the config: the bridge learns for this one.
             bridge: `mode` and sizes, see [`LatentBridge`].
 
         Raises:
@@ -118,7 +122,8 @@ class LatentForgeWire(CompleteCheckpointMixin, PreTrainedModel):
         built = self._build_bridge(fields)
         self._initialize(built)
         self.bridges[name] = built.to(self.device, self.dtype)
-        self.config.bridges[name] = {key: list(x) if isinstance(x, tuple) else x for key, x in fields.items()}
+        kept = {**fields, "template": asdict(receiver.template)}
+        self.config.bridges[name] = {key: list(x) if isinstance(x, tuple) else x for key, x in kept.items()}
         self.receivers[name] = receiver
 
     def _initialize(self, module: nn.Module) -> None:
@@ -129,17 +134,31 @@ class LatentForgeWire(CompleteCheckpointMixin, PreTrainedModel):
         """Put the language model back behind a bridge that was loaded.
 
         Raises:
-            ValueError: no such bridge, or one that was built for a model of another shape.
+            ValueError: no such bridge, or one that was built for a model of another shape or for another template.
+        """
+        template = self.template(name)
+        known, found = asdict(self._bridge(name).shape), asdict(receiver.shape)
+        differing = {key: (known[key], found[key]) for key in known if key != "embed_rms" and known[key] != found[key]}
+        if differing:
+            raise ValueError(f"The bridge {name!r} was built for another model: {differing} (bridge's, model's).")
+        if receiver.template != template:
+            raise ValueError(
+                f"The bridge {name!r} was built for {template}, the receiver has {receiver.template}: give it "
+                f"`wire.template({name!r})`."
+            )
+        self.receivers[name] = receiver
+
+    def template(self, name: str) -> Template:
+        """What the bridge of this receiver was built for.
+
+        Raises:
+            ValueError: no such bridge.
         """
         if name not in self.bridges:
             raise ValueError(
                 f"There is no bridge {name!r}: there are {list(self.bridges)}. `add_receiver` builds one."
             )
-        known, found = asdict(self._bridge(name).shape), asdict(receiver.shape)
-        differing = {key: (known[key], found[key]) for key in known if key != "embed_rms" and known[key] != found[key]}
-        if differing:
-            raise ValueError(f"The bridge {name!r} was built for another model: {differing} (bridge's, model's).")
-        self.receivers[name] = receiver
+        return Template(**self.config.bridges[name].get("template", {}))
 
     def _bridge(self, name: str) -> Any:
         return self.bridges[name]
@@ -167,8 +186,10 @@ class LatentForgeWire(CompleteCheckpointMixin, PreTrainedModel):
 
     # -- text -> latents
 
-    def ids_of(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(B, T)` ids, padded on the right, and their mask.
+    def ids_of(
+        self, texts: Sequence[str], device: torch.device | str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(B, T)` ids, padded on the right, and their mask; on the model's device unless another is given.
 
         Raises:
             ValueError: an empty text, no tokenizer where the source is tokens, a text that is too long.
@@ -190,19 +211,21 @@ class LatentForgeWire(CompleteCheckpointMixin, PreTrainedModel):
             raise ValueError(
                 f"A text has {length} tokens, the encoder reads {limit}: cut it, or send several messages."
             )
-        mask = torch.tensor([[1] * len(of_row) + [0] * (length - len(of_row)) for of_row in ids], device=self.device)
-        padded = torch.tensor([of_row + [pad] * (length - len(of_row)) for of_row in ids], device=self.device)
+        device = self.device if device is None else device
+        mask = torch.tensor([[1] * len(of_row) + [0] * (length - len(of_row)) for of_row in ids], device=device)
+        padded = torch.tensor([of_row + [pad] * (length - len(of_row)) for of_row in ids], device=device)
         return padded, mask
 
     def forward(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         num_latents: int | None = None,
         quantized: bool = True,
         receiver: str | None = None,
         prompts: Sequence[str] | None = None,
         answers: Sequence[str] | None = None,
+        texts: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> LatentForgeWireOutput:
         """Latents of texts, as a receiver gets them; see [`LatentEncoder.forward`].
@@ -210,23 +233,34 @@ class LatentForgeWire(CompleteCheckpointMixin, PreTrainedModel):
         Args:
             quantized: False: as they are before the quantizer.
             receiver, prompts, answers: also ask this receiver about the answers, one prompt and one answer a text.
+            texts: it reads these themselves in the place of the latents; `input_ids` may then be left out.
 
         Raises:
-            ValueError: one of `receiver`, `prompts` and `answers` without the others; see also [`Receiver.compose`].
+            ValueError: one of `receiver`, `prompts` and `answers` without the others, nothing to read; see also
+                [`Receiver.compose`].
         """
         if len({receiver is None, prompts is None, answers is None}) > 1:
             raise ValueError(
                 "`receiver`, `prompts` and `answers` go together: give all three, or none for the latents."
             )
-        latents, mask = self.encoder(input_ids, attention_mask, num_latents)
-        for layer in self.refiner:
-            latents = layer(latents, latents, mask[:, None])
-        if quantized:
-            latents = self.quantizer(latents)
-        output = LatentForgeWireOutput(last_hidden_state=latents * mask[..., None], latent_mask=mask)
+        if input_ids is None and (texts is None or receiver is None):
+            raise ValueError("There is nothing to read: give `input_ids`, or `texts` and the `receiver` of them.")
+        output = LatentForgeWireOutput()
+        if input_ids is not None:
+            latents, mask = self.encoder(input_ids, attention_mask, num_latents)
+            for layer in self.refiner:
+                latents = layer(latents, latents, mask[:, None])
+            if quantized:
+                latents = self.quantizer(latents)
+            output.last_hidden_state, output.latent_mask = latents * mask[..., None], mask
         if receiver is not None:
             assert prompts is not None and answers is not None
-            output.answer_logits, output.answer_ids = self.ask(receiver, output, prompts, answers)
+            if input_ids is not None:
+                injection = self.inject(receiver, output)
+                output.slots, output.slot_mask = injection.embeds, injection.mask
+            if texts is not None:
+                injection = self.receiver(receiver).text_injection(texts)
+            output.answer_logits, output.answer_ids = self.ask(receiver, injection, prompts, answers)
         return output
 
     def encode(self, texts: Sequence[str], num_latents: int | None = None) -> LatentForgeWireOutput:

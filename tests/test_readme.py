@@ -30,6 +30,9 @@ COVERED = {
     "make frontier": "tests/trainers/evaluation/test_frontier.py::test_make_frontier_prints_tables_and_verdict",
     ".venv/bin/python scripts/serve.py": "tests/scripts/test_serve.py::test_a_student_is_served_and_stopped",
     ".venv/bin/python scripts/train_student.py": "tests/test_readme.py::test_help_of_the_script_in_the_readme",
+    ".venv/bin/python scripts/train_wire.py": (
+        "tests/scripts/test_train_wire.py::test_the_readmes_commands_and_python_run"
+    ),
     ".venv/bin/python scripts/build_kd_cache.py": (
         "tests/scripts/test_build_kd_cache.py::test_the_readmes_command_labels_a_data_set"
     ),

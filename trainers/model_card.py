@@ -24,8 +24,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 # beside `trainers/`, in a clone and in an installation alike: setup.cfg installs the folder as package data
 TEMPLATES = Path(__file__).resolve().parent.parent / "model_cards"
-KINDS = {"latentforge_autoencoder": "autoencoder", "latentforge": "student"}
-TASKS = {"autoencoder": "feature-extraction", "student": "text-generation"}
+KINDS = {"latentforge_autoencoder": "autoencoder", "latentforge": "student", "latentforge_wire": "wire"}
+TASKS = {"autoencoder": "feature-extraction", "student": "text-generation", "wire": "feature-extraction"}
 LICENSE = "mit"
 
 METRICS = {
@@ -38,6 +38,12 @@ METRICS = {
         "nll": "nats per token",
         "kd": "distance from the teacher, nats per token: T^2 times the KL divergence at temperature T, or, with "
         "another tokenizer, the divergence of the likelihoods of whole pieces of text",
+    },
+    # of each receiver too, see `_metric_names`
+    "wire": {
+        "answer": "nats per token of the answer",
+        "first_acc": "share of answers whose first token is the likeliest",
+        "kd": "KL divergence from the same receiver that reads the text, nats per token of the answer",
     },
 }
 # what scripts/evaluate_model.py leaves in a model's folder, and where its figures stand in the card
@@ -82,10 +88,10 @@ class CardFacts:
 
 
 def fill_card(config: Any, facts: CardFacts) -> ModelCard:
-    """The card of a codec or a student.
+    """The card of a codec, a student or a wire.
 
     Args:
-        config: `LatentForgeAutoencoderConfig` or `LatentForgeConfig`.
+        config: `LatentForgeAutoencoderConfig`, `LatentForgeConfig` or `LatentForgeWireConfig`.
 
     Raises:
         ValueError: the configuration of another kind of model.
@@ -100,7 +106,7 @@ def fill_card(config: Any, facts: CardFacts) -> ModelCard:
     except ImportError as error:
         raise ImportError("a model card needs jinja2: pip install 'latentforge[train]'") from error
     kind = KINDS[config.model_type]
-    results = _results(facts.metrics, METRICS[kind])
+    results = _results(facts.metrics, _metric_names(kind, config))
     held_out = facts.held_out or (f"a held-out part of {facts.data}" if facts.data else "held-out text")
     models = [name for name in (facts.base, facts.teacher) if name is not None and hub_id(name)]
     data = ModelCardData(
@@ -145,6 +151,13 @@ def fill_card(config: Any, facts: CardFacts) -> ModelCard:
         evaluation=_evaluation_text(facts.evaluation),
     )
     return ModelCard(re.sub(r"\n{3,}", "\n\n", text))
+
+
+def _metric_names(kind: str, config: Any) -> dict[str, str]:
+    names = dict(METRICS[kind])
+    for receiver in config.bridges if kind == "wire" else ():
+        names |= {f"{name}_{receiver}": f"{words}, read by {receiver}" for name, words in METRICS[kind].items()}
+    return names
 
 
 def _results(metrics: Mapping[str, float], names: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -296,7 +309,7 @@ def card_of_folder(
         evaluation=read_evaluation(folder),
         training={"steps": state["global_step"]} if "global_step" in state else {},
         # whether a teacher's weights or words are in it, the folder does not say
-        license=license or ("unknown" if config.model_type == "latentforge" else LICENSE),
+        license=license or (LICENSE if config.model_type == "latentforge_autoencoder" else "unknown"),
     )
     return fill_card(config, facts)
 

@@ -536,11 +536,24 @@ def load_task(
         logger.info("%s names no split: its documents are divided by hash", source)
         train, held_out = hold_out(list(examples))
         examples = held_out if split == "validation" else train
-    chosen = _draw(examples, limit, seed)
+    chosen = draw_examples(examples, limit, seed)
     if not chosen:
         raise ValueError(f"{source or task.hub_id} holds no example of {name} in split {split!r}: give another source")
     logger.info("%s, %s: %d examples", name, split, len(chosen))
     return chosen
+
+
+def has_split(name: str, split: str, source: str | None = None) -> bool:
+    """Whether `load_task` finds this split; of another Hub data set than the task's own, whether the task's has it."""
+    task = TASKS[name]
+    path = None if source is None else local_path(source)
+    if path is None:
+        return source in BUILTIN_CORPORA or split in (task.splits or {})
+    try:
+        _choose(path, split)
+    except ValueError:
+        return False
+    return True
 
 
 def hold_out(examples: Sequence[Example], fraction: float = HELD_OUT_FRACTION) -> tuple[list[Example], list[Example]]:
@@ -699,7 +712,8 @@ def _read(task: Task, records: Iterable[_Record], options: dict[str, Any], sourc
         logger.warning("%s, task %s: %d left out (%s), %d kept", source, task.name, count, reason, len(seen))
 
 
-def _draw(examples: Iterable[Example], limit: int | None, seed: int) -> list[Example]:
+def draw_examples(examples: Iterable[Example], limit: int | None, seed: int) -> list[Example]:
+    """So many examples, drawn as `load_task` draws them; None: all."""
     if limit is None:
         return list(examples)
 

@@ -14,14 +14,18 @@ from scripts.train_autoencoder import CodecArguments
 from scripts.train_student import StudentArguments, build_student, load_codec
 from scripts.train_teacher import TeacherArguments
 from scripts.train_tokenizer import TokenizerArguments
-from trainers import AEConfig, DataArguments, KDConfig, parse_arguments
+from scripts.train_wire import WireArguments
+from trainers import AEConfig, DataArguments, KDConfig, WireConfig, parse_arguments
 from trainers.evaluation.memory import save_stand_ins
 from trainers.token_lm import TokenLMConfig
+from trainers.wire_data import WireDataArguments
+from trainers.wire_flags import TrainingAliases, apply_aliases
 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = ROOT / "scripts" / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
+WIRES = sorted(CONFIGS.glob("wire/*/*.yaml"))
 DEMOS = ("demo.yaml", "demo_tiny.yaml")
 
 # first word of a section -> what its script parses, and the flags that a recipe leaves to the person
@@ -102,7 +106,23 @@ def test_every_stage_of_a_demo_s_recipe_is_one_that_its_script_takes(file: str, 
     assert all(recipe[name].keys() == tiny[name].keys() for name in ("generation", "report"))
 
 
-@pytest.mark.parametrize("file", [file.name for file in FILES])
+@pytest.mark.parametrize("file", WIRES, ids=lambda file: file.stem)
+def test_every_recipe_of_a_wire_is_one_that_its_script_takes(file: Path, tmp_path: Path):
+    """The whole of it, not the part that its test at tiny size leaves as it is."""
+    parsed = parse_arguments(
+        WireArguments,
+        WireDataArguments,
+        TrainingAliases,
+        WireConfig,
+        argv=["--config", str(file), "--receivers", "x", "--output_dir", str(tmp_path)],
+    )
+    wire_args, data_args, aliases, training_args = parsed
+    apply_aliases(aliases, wire_args, data_args, training_args)
+    wire_args.check()
+    assert (wire_args.latent_len, training_args.answer_tokens, data_args.names) == (32, 4, ["squad"])
+
+
+@pytest.mark.parametrize("file", [*(file.name for file in FILES), *(f"wire/smoke/{file.name}" for file in WIRES)])
 def test_a_recipe_says_where_its_figures_were_measured_or_that_they_were_not(file: str):
     """A figure without a source is believed or not, and neither is knowledge."""
     text = (CONFIGS / file).read_text(encoding="utf-8")

@@ -9,10 +9,35 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import tiny_autoencoder
+from tests.modeling_latentforge.test_wire import receiver
 from tests.trainers.training_helpers import TEXT, byte_tokenizer, tiny_teacher
 
 
 ROOT = Path(__file__).parents[2]
+
+
+def launch(launcher, script, flags):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        [sys.executable, "-m", *launcher.split(), str(ROOT / "scripts" / script), *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+
+
+def two_processes():
+    # an address and not a name: --standalone looks the machine's own name up, and waits where nothing answers
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rendezvous = f"--nnodes 1 --node_rank 0 --master_addr 127.0.0.1 --master_port {port}"
+    return f"torch.distributed.run {rendezvous} --nproc_per_node 2"
+
+
+def logs_of(folder, *names):
+    return [json.loads((folder / name / "trainer_state.json").read_text())["log_history"] for name in names]
 
 
 @pytest.mark.slow
@@ -35,35 +60,18 @@ def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
             "--eval_strategy steps --eval_steps 3 --save_strategy no --disable_tqdm true --use_cpu true"
         ).split()
 
-    def launch(launcher, *script_flags):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-        return subprocess.run(
-            [sys.executable, "-m", *launcher.split(), str(ROOT / "scripts" / "train_student.py"), *script_flags],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=250,
-        )
-
     # the launcher that the README names; on a CPU it starts one process whatever it is asked for
-    result = launch("accelerate.commands.launch --cpu --num_processes 1", *flags("one", 4))
+    result = launch("accelerate.commands.launch --cpu --num_processes 1", "train_student.py", flags("one", 4))
     assert result.returncode == 0, result.stderr[-3000:]
     assert re.findall(r"process \d: world_size=(\d)", result.stdout) == ["1"]
-    # an address and not a name: --standalone looks the machine's own name up, and waits where nothing answers
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    rendezvous = f"--nnodes 1 --node_rank 0 --master_addr 127.0.0.1 --master_port {port}"
-    result = launch(f"torch.distributed.run {rendezvous} --nproc_per_node 2", *flags("two", 2))
+    result = launch(two_processes(), "train_student.py", flags("two", 2))
     assert result.returncode == 0, result.stderr[-3000:]
     processes = re.findall(r"process (\d): world_size=(\d) pid=(\d+)", result.stdout)
     assert sorted(rank for rank, _, _ in processes) == ["0", "1"]
     assert {size for _, size, _ in processes} == {"2"}
     assert len({pid for _, _, pid in processes}) == 2
 
-    one, two = (
-        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two")
-    )
+    one, two = logs_of(tmp_path, "one", "two")
     steps = 0
     for ours, theirs in zip(two, one, strict=True):
         names = ["loss", "ce", "kd", "mse", "grad_norm", "eval_loss", "eval_nll", "eval_kd", "eval_mse"]
@@ -71,3 +79,36 @@ def test_two_processes_equal_one_at_the_same_global_batch(tmp_path):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-4), (name, ours.get("step"))
         steps += "loss" in theirs
     assert steps == 3 and any("eval_kd" in entry for entry in one)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_wire_that_one_does(tmp_path):
+    """Adapters outside what DDP wraps learn apart in each process, and a part of the loss may count twice."""
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text * 4}) + "\n" for text in TEXT * 3))
+    for kind in ("llama", "gpt2"):
+        reader = receiver(kind)
+        reader.model.save_pretrained(tmp_path / kind)
+        reader.tokenizer.save_pretrained(tmp_path / kind)
+
+    def flags(output, batch_size):
+        return (
+            f"--receivers {tmp_path}/llama {tmp_path}/gpt2 --data {tmp_path}/text.jsonl --dataset text "
+            f"--output_dir {tmp_path}/{output} --context_tokens 10 --continue_tokens 4 --max_eval_examples 5 "
+            "--encoder_hidden_size 32 --encoder_layers 1 --latent_size 16 --ratio 8 --lora_r 2 --kd_weight 0.5 "
+            "--gist_weight 0.2 --gist_target_len 4 --text_warmup_steps 2 --max_steps 4 --logging_steps 1 "
+            f"--learning_rate 1e-2 --per_device_train_batch_size {batch_size} --per_device_eval_batch_size "
+            f"{batch_size} --save_strategy no --disable_tqdm true --use_cpu true --report_to none"
+        ).split()
+
+    result = launch("accelerate.commands.launch --cpu --num_processes 1", "train_wire.py", flags("one", 4))
+    assert result.returncode == 0, result.stderr[-3000:]
+    result = launch(two_processes(), "train_wire.py", flags("two", 2))
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = logs_of(tmp_path, "one", "two")
+    steps = 0
+    for ours, theirs in zip(two, one, strict=True):
+        names = {"loss", "answer", "kd", "gist", "text", "first_acc", "grad_norm", "eval_loss", "eval_answer_gpt2"}
+        for name in names & set(theirs):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-4), (name, ours.get("step"))
+        steps += "loss" in theirs
+    assert steps == 4 and any("text" in entry for entry in one) and any("eval_answer_gpt2" in entry for entry in one)

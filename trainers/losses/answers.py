@@ -56,6 +56,44 @@ def answer_divergence(
     return temperature**2 * (divergence * weights).sum(1) / weights.sum(1)
 
 
+def repeat_loss(logits: torch.Tensor, targets: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Cross-entropy of the beginning of a text that goes on, `(B,)` nats per token: [`answer_loss`] of its first
+    tokens, the EOS that ends each row of `targets` left out."""
+    last = (targets != IGNORED).sum(1, keepdim=True) - 1
+    targets = targets.scatter(1, last, IGNORED)
+    return answer_loss(logits, targets, num_tokens=num_tokens)
+
+
+def align_loss(
+    slots: torch.Tensor, mask: torch.Tensor, embeddings: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared distance of a message's first vectors from the embeddings of its answer's first tokens: teaches a
+    message to spell its answer. Kept for comparison.
+
+    Args:
+        slots: `(B, S, H)`, and which of them are there, `mask (B, S)`.
+        embeddings: `(B, A, H)` of `targets (B, A)`, -100 behind the answers.
+
+    Returns:
+        `(B,)`, a mean over the first min(S, A) pairs and H.
+
+    Raises:
+        ValueError: a row with no pair.
+    """
+    count = min(slots.shape[1], targets.shape[1])
+    pairs = (mask.bool()[:, :count] & (targets[:, :count] != IGNORED)).float()
+    if not bool((pairs.sum(1) > 0).all()):
+        raise ValueError("a row has no vector of a message beside a token of an answer: there is nothing to align")
+    square = (slots[:, :count].float() - embeddings[:, :count].float()).square().mean(-1)
+    return (square * pairs).sum(1) / pairs.sum(1)
+
+
+@torch.no_grad()
+def first_token_accuracy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """1 where an answer's first token is the likeliest, else 0, `(B,)`."""
+    return (logits[:, 0].argmax(-1) == targets[:, 0]).float()
+
+
 def _weights(targets: torch.Tensor, num_tokens: int | None) -> torch.Tensor:
     weights = (targets != IGNORED).float()
     if num_tokens is not None:
