@@ -124,7 +124,10 @@ def _datasets(report: Mapping[str, Any], plots: Mapping[str, Sequence[str]]) -> 
         def own(name: str, dataset: str = dataset) -> list[Mapping[str, Any]]:
             return [entry for entry in report[name] if entry["dataset"] == dataset]
 
-        items: list[Any] = ["What is sent, bytes a message (how often the text's):", _messages(own("messages"))]
+        items: list[Any] = [
+            "What is sent, bytes a message (how many times fewer than the text):",
+            _messages(own("messages")),
+        ]
         items += ["What is answered:", _results(own("results"), own("latency"))]
         items += [f"![rate and quality]({name})" for name in plots.get(dataset, ())]
         if own("gain_share"):
