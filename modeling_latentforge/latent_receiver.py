@@ -78,6 +78,7 @@ class ComposedBatch:
         position_ids: `(B, T)`.
         labels: `(B, T)`, the answer's tokens and EOS where they stand, -100 elsewhere; None without answers.
         past_key_values: the P places, or None. It grows when it is used: compose anew for every use.
+        input_ids: `(B, T)` of plain text, which the model then reads in place of embeddings.
     """
 
     inputs_embeds: torch.Tensor
@@ -85,10 +86,13 @@ class ComposedBatch:
     position_ids: torch.Tensor
     labels: torch.Tensor | None
     past_key_values: DynamicCache | None
+    input_ids: torch.Tensor | None = None
 
     def for_generate(self) -> dict[str, Any]:
         """What transformers' `generate` is given. It takes embeddings for all of the text, and cuts off as many as the
         cache holds: these stand there, and are never read."""
+        if self.input_ids is not None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         inputs: dict[str, Any] = {"inputs_embeds": self.inputs_embeds, "attention_mask": self.attention_mask}
         if self.past_key_values is not None:
             held = self.attention_mask.shape[1] - self.inputs_embeds.shape[1]
@@ -194,6 +198,45 @@ class Receiver:
         targets = None if answers is None else torch.tensor(padded, device=self.device)
         return ComposedBatch(inputs_embeds, mask, positions, targets, cache)
 
+    def compose_text(
+        self,
+        contexts: Sequence[str],
+        prompts: Sequence[str],
+        answers: Sequence[str] | None = None,
+        max_tokens: Sequence[int] | None = None,
+    ) -> ComposedBatch:
+        """The rows of [`compose`] with contexts as text, or their first `max_tokens` tokens, in the messages' place:
+        token ids, as the model is run by everybody else.
+
+        Raises:
+            ValueError: as there, or a row that is longer than the model reads.
+        """
+        if not len(contexts) == len(prompts) == len(prompts if max_tokens is None else max_tokens):
+            raise ValueError(f"{len(contexts)} contexts and {len(prompts)} prompts: give one of each per row.")
+        self._check(Injection(), prompts, answers)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        rows, labels = [], []
+        before = self._before()
+        for row, (context, prompt) in enumerate(zip(contexts, prompts, strict=True)):
+            after, answer = self._after(prompt, None if answers is None else answers[row])
+            kept = self._ids(context)[: None if max_tokens is None else max_tokens[row]]
+            rows.append([*before, *kept, *after, *answer])
+            labels.append([IGNORED] * (len(rows[-1]) - len(answer)) + answer)
+            if not rows[-1]:
+                raise ValueError(f"Row {row} holds nothing: give a context, a prompt or an anchor.")
+            if limit is not None and len(rows[-1]) > limit:
+                raise ValueError(
+                    f"A row of text has {len(rows[-1])} tokens, the receiver reads {limit}: give shorter contexts."
+                )
+        length = max(map(len, rows))
+        pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=self.device)
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        padded = [[IGNORED] * (length - len(row)) + row for row in labels]
+        targets = None if answers is None else torch.tensor(padded, device=self.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return ComposedBatch(self.embed(ids), mask, positions, targets, None, ids)
+
     def _check(self, injection: Injection, prompts: Sequence[str], answers: Sequence[str] | None) -> None:
         given = (injection.embeds, injection.latents, injection.keys_values and injection.keys_values[0][0])
         sizes = {len(x) for x in given if x is not None}
@@ -266,9 +309,11 @@ class Receiver:
             return self._run(batch)
 
     def _run(self, batch: ComposedBatch, logits_to_keep: int = 0) -> torch.Tensor:
-        options = {"logits_to_keep": logits_to_keep} if logits_to_keep and self._keeps_logits else {}
+        options: dict[str, Any] = {"logits_to_keep": logits_to_keep} if logits_to_keep and self._keeps_logits else {}
+        options |= (
+            {"inputs_embeds": batch.inputs_embeds} if batch.input_ids is None else {"input_ids": batch.input_ids}
+        )
         return self.model(
-            inputs_embeds=batch.inputs_embeds,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             past_key_values=batch.past_key_values,
@@ -311,12 +356,20 @@ class Receiver:
         **options: Any,
     ) -> list[str]:
         """Answers, without special tokens; `options` as for `model.generate`."""
-        batch = self.compose(injection, prompts)
+        return self.write(injection, self.compose(injection, prompts), bridge, **options)
+
+    @torch.no_grad()
+    def write(
+        self, injection: Injection | None, batch: ComposedBatch, bridge: LatentBridge | None = None, **options: Any
+    ) -> list[str]:
+        """[`generate`] behind rows that are composed."""
         pad = self.tokenizer.pad_token_id
         options = {"eos_token_id": self.tokenizer.eos_token_id, **options}
         options.setdefault("pad_token_id", self.tokenizer.eos_token_id if pad is None else pad)
         with self.adapted(injection, bridge):
             ids = self.model.generate(**batch.for_generate(), **options)
+        if batch.input_ids is not None:
+            ids = ids[:, batch.input_ids.shape[1] :]  # of ids, transformers gives back the text before too
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 

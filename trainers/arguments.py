@@ -62,6 +62,11 @@ def parse_arguments(
     return tuple(instances)
 
 
+def split_words(values: Iterable[Any]) -> list[str]:
+    """The values of a flag that takes a list, written with commas or spaces; each once."""
+    return list(dict.fromkeys(part.strip() for value in values for part in str(value).split(",") if part.strip()))
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         # argparse would print the usage first: 150 lines of TrainingArguments, with the message scrolled away

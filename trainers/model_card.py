@@ -48,6 +48,7 @@ METRICS = {
 }
 # what scripts/evaluate_model.py leaves in a model's folder, and where its figures stand in the card
 EVALUATION = "evaluation/evaluation.json"
+WIRE_EVALUATION = "evaluation/wire_evaluation.json"  # of scripts/evaluate_wire.py
 EVALUATION_START = "<!-- evaluation: written by scripts/evaluate_model.py -->"
 EVALUATION_END = "<!-- end of evaluation -->"
 EVALUATED = "held-out-text"  # the Hub groups results by this type: apart from those of the training run
@@ -186,7 +187,7 @@ def weights_hash(folder: str | Path) -> str:
 
 def read_evaluation(folder: str | Path) -> dict[str, Any]:
     """The evaluation beside a model's weights; empty where there is none, or one of other weights."""
-    report = _read_json(Path(folder) / EVALUATION)
+    report = _read_json(Path(folder) / EVALUATION) or _read_json(Path(folder) / WIRE_EVALUATION)
     kept = report.get("conditions", {}).get("weights")
     return report if kept and kept == weights_hash(folder) else {}
 
@@ -199,6 +200,12 @@ def _evaluation_results(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         if value is not None:
             results.append({"type": metric, "name": name, "value": value, "text": text or f"{value:.4g}"})
 
+    for entry in report.get("results", []):  # of a wire, beside what its receivers do with the text itself
+        if entry["method"] in ("latent", "text"):
+            tokens = f", {entry['tokens']:.0f} tokens a context"
+            found = entry["metrics"][entry["metric"]]["mean"]
+            name = f"{entry['metric']} of {entry['receiver']} from {entry['method']}s, {entry['dataset']}{tokens}"
+            add(entry["metric"], name.replace("from texts", "from the text"), found)
     judged = next(iter(report.get("conditions", {}).get("parameters", {})), None)
     likelihood = report.get("likelihood", {}).get(judged, {})
     add("nats_per_token", "nats per token, exact", likelihood.get("nats_per_token"))
@@ -241,8 +248,9 @@ def _evaluation_text(report: Mapping[str, Any]) -> str:
     if not results:
         return ""
     conditions = report["conditions"]
+    script = "evaluate_wire.py" if "gain_share" in report else "evaluate_model.py"
     lines = [
-        f"By `scripts/evaluate_model.py`, on {_evaluated_text(report)}, {conditions['dtype']}, commit "
+        f"By `scripts/{script}`, on {_evaluated_text(report)}, {conditions['dtype']}, commit "
         f"{str(conditions['commit'])[:12]}:",
         "",
         "| metric | value |",
@@ -260,7 +268,9 @@ def update_card(folder: str | Path) -> None:
     """
     report = read_evaluation(folder)
     if not report:
-        raise ValueError(f"{folder} holds no evaluation of its weights: run scripts/evaluate_model.py on it")
+        raise ValueError(
+            f"{folder} holds no evaluation of its weights: run scripts/evaluate_model.py on it, or evaluate_wire.py"
+        )
     path = Path(folder) / "README.md"
     card = ModelCard.load(path)
     block = f"{EVALUATION_START}\n{_evaluation_text(report)}\n{EVALUATION_END}"

@@ -116,7 +116,7 @@ def measuring_code() -> str:
     files = [*sorted((here.parent.parent / "modeling_latentforge").glob("*.py")), *sorted(here.glob("*.py"))]
     digest = hashlib.sha256()
     for file in files:
-        if not file.name.startswith(("rows_", "evaluation_report")):
+        if not file.name.startswith(("rows_", "evaluation_report", "wire_report")):
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -276,8 +276,8 @@ def vllm_environment() -> dict[str, str]:
 
 
 @contextmanager
-def vllm_server(python: Path, folder: Path, log: Path, max_model_len: int = 256) -> Iterator[str]:
-    """The real server on a free port, started as `make serve-teacher` does."""
+def vllm_server(python: Path, folder: Path, log: Path, max_model_len: int = 256, *flags: str) -> Iterator[str]:
+    """The real server on a free port, started as `make serve-teacher` does; `flags` are more of vLLM's."""
     import socket
     import urllib.request
 
@@ -286,7 +286,7 @@ def vllm_server(python: Path, folder: Path, log: Path, max_model_len: int = 256)
         port = probe.getsockname()[1]
     command = [str(python), "scripts/serve_teacher.py", "--teacher", str(folder), "--port", str(port), "--"]
     command += ["--served-model-name", "teacher", "--dtype", "float32", "--max-model-len", str(max_model_len)]
-    command += ["--max-num-seqs", "16", "--enforce-eager"]
+    command += ["--max-num-seqs", "16", "--enforce-eager", *flags]
     with open(log, "w") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=vllm_environment(), stdout=out, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
