@@ -29,6 +29,8 @@ class LatentForgeCache(Cache):
         windows: per decoder layer, keys and values `(B, h, <= W - 1, d)`; `window_mask (B, <= W - 1)` or None.
         memory: keys and values `(B, h, C, d)` of the conditions; `memory_mask (B, C)` or None.
         latent_embeds: `(B, 1, E)`, the latent of the patch being written.
+        history, runs: `(B, P)`, the rows' tokens, newest first, and how far they match its end (see `token_lookup`),
+            or None.
         patch_logits: `(B, K, V)`, parallel decoders: all logits of the patch being written.
 
     A token cannot be taken out of the fields above, since the last patch may be inside the backbone already. After
@@ -48,6 +50,8 @@ class LatentForgeCache(Cache):
         "memory",
         "memory_mask",
         "latent_embeds",
+        "history",
+        "runs",
         "patch_logits",
     )
     MAX_RECORDED = 1024  # tokens; drafts are some ten long
@@ -71,6 +75,8 @@ class LatentForgeCache(Cache):
         self.memory: tuple[torch.Tensor, torch.Tensor] | None = None
         self.memory_mask: torch.Tensor | None = None
         self.latent_embeds: torch.Tensor | None = None
+        self.history: torch.Tensor | None = None
+        self.runs: torch.Tensor | None = None
         self.patch_logits: torch.Tensor | None = None
         self._forget()
 
@@ -183,6 +189,8 @@ class LatentForgeCache(Cache):
             "window_mask",
             "memory_mask",
             "latent_embeds",
+            "history",
+            "runs",
             "patch_logits",
         ):
             if getattr(self, name) is not None:

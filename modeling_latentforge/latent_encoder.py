@@ -67,12 +67,6 @@ class LatentEncoder(nn.Module):
         size = backbone_config.hidden_size
         self.pooling, self.num_latents, self.ratio = pooling, num_latents, ratio
         self.backbone = AutoModel.from_config(backbone_config, dtype=torch.get_default_dtype())
-        if getattr(backbone_config, "is_causal", True) is False:
-            # a decoder that shall see all of the text: transformers drops the mask, and torch's attention is causal
-            # without one unless its layer says otherwise
-            for module in self.backbone.modules():
-                if hasattr(module, "is_causal"):
-                    module.is_causal = False
         if pooling == "queries":
             self.queries = nn.Parameter(torch.empty(num_latents, size))
         if pooling == "patches":

@@ -37,8 +37,14 @@ from .modeling_autoencoder import (
     project_few,
 )
 from .modeling_latent_heads import HEADS
-from .modeling_patch_decoder import LatentForgePatchDecoder, LatentForgeShortConvolution, compact
+from .modeling_patch_decoder import (
+    LatentForgePatchDecoder,
+    LatentForgeShortConvolution,
+    LatentForgeTokenLookup,
+    compact,
+)
 from .modeling_token_loss import SparseTargets, TokenLoss, token_loss
+from .token_lookup import begin_history, extend_history
 
 
 logger = logging.get_logger(__name__)
@@ -144,6 +150,9 @@ class LatentForgePreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
         elif isinstance(module, LatentForgeShortConvolution):
             bound = module.size**-0.5 if module.size > 1 else 0.0
             init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, LatentForgeTokenLookup):
+            init.constant_(module.gate.weight, 0.3)
+            init.zeros_(module.gate.weight[0])
         elif isinstance(module, LatentForgeModel):
             init.normal_(module.start, std=std)
 
@@ -859,6 +868,9 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         if removed:
             cache.backbone.crop(num_patches - int(cache.backbone.get_seq_length()))
         cache.latent_embeds = self.decoder.embed_latents(current)
+        if self.decoder.lookup is not None:
+            sizes = self.decoder.lookup.sizes
+            cache.history, cache.runs = begin_history(grid.input_ids, grid.mask, cache.lengths, sizes)
 
     def _check_full_attention(self) -> None:
         config = self.config.backbone_config
@@ -987,10 +999,16 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             seen = torch.cat([cache.window_mask, cache.window_mask.new_ones(len(cache.lengths), 1)], dim=1)
             window_mask, cache.window_mask = seen[:, None, None], seen[:, 1:]
         memory_mask = None if cache.memory_mask is None else cache.memory_mask[:, None, None]
+        embeds = cache.latent_embeds
+        if self.decoder.lookup is not None:
+            cache.history, cache.runs, ids, levels = extend_history(
+                cache.history, cache.runs, token, mask, self.decoder.lookup.sizes
+            )
+            embeds = embeds + self.decoder.embed_lookup(ids[:, None], levels[:, None])
         hidden, cache.recent, cache.windows = self.decoder.step(
             token,
             mask,
-            cache.latent_embeds,
+            embeds,
             positions,
             cache.recent,
             cache.windows,

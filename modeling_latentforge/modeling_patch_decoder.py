@@ -5,7 +5,8 @@ backbone width, D latent, V vocabulary, S taps of the short convolution.
 
 Position t predicts token t + 1, which lies in patch (t + 1) // K. Rows start at their first token: nothing right of a
 position reaches it, so no padding mask is needed here. With `decoder_memory="patches"` a position also attends to
-conditions 0 .. (t + 1) // K, T / K of them.
+conditions 0 .. (t + 1) // K, T / K of them. With `decoder_lookup` it also reads which token followed the last time
+that the text ended as it does here, wherever that was.
 """
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from .configuration_latentforge import LatentForgeConfig
 from .modeling_autoencoder import LatentForgeMLPBlock
+from .token_lookup import ending_sizes, find_continuations
 
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
@@ -95,6 +97,28 @@ class LatentForgeShortConvolution(nn.Module):
         """One token `(B, 1, E)` after `recent (B, S - 1, E)` -> the same, and the next step's `recent`."""
         inputs = torch.cat([recent, x], dim=1)
         return x + (inputs * self.weight).sum(1, keepdim=True), compact(inputs[:, 1:])
+
+
+class LatentForgeTokenLookup(nn.Module):
+    """What [`find_continuations`] found -> what a token adds to its embedding.
+
+    An induction head without its attention: worth more than any other part of the context at small budgets
+    (docs/experiments.md).
+    """
+
+    def __init__(self, width: int, sizes: tuple[int, ...], eps: float):
+        super().__init__()
+        self.sizes = sizes
+        self.projection = nn.Linear(width, width, bias=False)
+        self.norm = nn.RMSNorm(width, eps=eps)
+        # by level: a longer ending is the surer guess; nothing found gives 0
+        self.gate = nn.Embedding(len(sizes) + 1, width, padding_idx=0)
+        self.level = nn.Embedding(len(sizes) + 1, width)
+
+    def forward(self, embeds: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        """Embeddings `(B, T, E)` of the tokens that followed, and levels `(B, T)` -> `(B, T, E)`."""
+        found = self.norm(self.projection(embeds).to(self.norm.weight.dtype))
+        return found * self.gate(levels) + self.level(levels)
 
 
 class LatentForgeWindowAttention(nn.Module):
@@ -195,6 +219,8 @@ class LatentForgePatchDecoder(nn.Module):
         self.from_latent = nn.Linear(config.latent_size, width)
         self.norm_latent = nn.RMSNorm(width, eps=config.rms_norm_eps)
         self.convolution = LatentForgeShortConvolution(width, config.decoder_conv_size)
+        sizes = ending_sizes(config.decoder_lookup)
+        self.lookup = LatentForgeTokenLookup(width, sizes, config.rms_norm_eps) if sizes else None
         memory_layer = config.num_decoder_layers // 2 if config.decoder_memory == "patches" else None
         self.layers = nn.ModuleList(
             LatentForgePatchDecoderLayer(config, has_memory=i == memory_layer)
@@ -207,7 +233,7 @@ class LatentForgePatchDecoder(nn.Module):
 
     @property
     def reach(self) -> int:
-        """Tokens before a position that its outputs depend on, but for its memory."""
+        """Tokens before a position that its outputs depend on, but for its memory and what is looked up."""
         return len(self.layers) * (self.window - 1) + self.convolution.size - 1
 
     def embed(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -215,6 +241,11 @@ class LatentForgePatchDecoder(nn.Module):
         if mask is not None:
             embeds = torch.where(mask[..., None], embeds, self.mask_embedding.to(embeds.dtype))
         return self.norm_token(embeds)
+
+    def embed_lookup(self, ids: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        """What was found for each token, `(B, T)` each -> `(B, T, E)`."""
+        assert self.lookup is not None
+        return self.lookup(self.embed_tokens(ids), levels)
 
     def embed_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """`(B, C, D)` -> `(B, C, E)`, what every token of the patch adds to its embedding."""
@@ -229,6 +260,7 @@ class LatentForgePatchDecoder(nn.Module):
         latents: torch.Tensor,
         conditions: torch.Tensor,
         start: int = 0,
+        looked_up: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, list[KeyValue], KeyValue | None]:
         """Whole rows, or the ends of rows.
 
@@ -238,6 +270,7 @@ class LatentForgePatchDecoder(nn.Module):
             latents, conditions: `(B, C, D)` and `(B, C, H)`, C = T // K + 1, of patches 0 .. T // K.
             start: tokens before `input_ids`, a multiple of K, that are not read. `latents` then begin with the patch
                 at `start`, `conditions` with the first of all. What lies [`reach`] tokens behind the start is exact.
+            looked_up: what [`find_continuations`] found for these tokens in the whole rows; needed with a `start`.
 
         Returns:
             vectors `(B, T, decoder_output_size)`, inputs of the convolution `(B, S - 1 + T, E)`, keys and values of
@@ -248,6 +281,8 @@ class LatentForgePatchDecoder(nn.Module):
         patch = target // self.patch_size
         hidden = self.embed(input_ids, mask) + self.embed_offset(target % self.patch_size)
         hidden = hidden + self.embed_latents(latents).repeat_interleave(self.patch_size, dim=1)[:, 1 : length + 1]
+        if self.lookup is not None:
+            hidden = hidden + self.embed_lookup(*(looked_up or find_continuations(input_ids, mask, self.lookup.sizes)))
         hidden, inputs = self.convolution(hidden)
         angles = rotary_angles(target - 1, self.head_size, hidden.dtype)
 
@@ -281,7 +316,8 @@ class LatentForgePatchDecoder(nn.Module):
 
         Args:
             token, mask: `(B,)`.
-            latent_embeds: `(B, 1, E)`, [`embed_latents`] of the patch that the next token belongs to.
+            latent_embeds: `(B, 1, E)`, [`embed_latents`] of the patch that the next token belongs to, plus
+                [`embed_lookup`] of what was found for this token.
             positions: how many tokens each row held before this one, `(B,)`, or one number for all.
             recent, windows, window_mask, memory, memory_mask: see [`LatentForgeCache`].
 

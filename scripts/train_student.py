@@ -142,6 +142,10 @@ class StudentArguments:
     decoder_memory: Literal["none", "patches"] | None = field(
         default=None, metadata={"help": "Attend to earlier patch states. Default: patches."}
     )
+    decoder_lookup: int | None = field(
+        default=None,
+        metadata={"help": "Longest ending of the text whose earlier continuation it reads; 0: none. Default: 16."},
+    )
     decoder_output_size: int | None = field(
         default=None, metadata={"help": "Width of the output matrix; smaller is low-rank."}
     )
@@ -209,7 +213,7 @@ ENERGY_HEAD = "noise_size num_samples num_targets exponent"
 ALIGNED_HEAD = "num_frequencies"
 OWN_DECODER = (
     "num_decoder_layers decoder_hidden_size decoder_intermediate_size decoder_num_heads decoder_window "
-    "decoder_conv_size decoder_memory decoder_output_size tie_word_embeddings"
+    "decoder_conv_size decoder_memory decoder_lookup decoder_output_size tie_word_embeddings"
 )
 
 

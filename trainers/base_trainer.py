@@ -80,7 +80,7 @@ class LatentTrainingConfig(TrainingArguments):
         # transformers takes every metric whose name does not end in "loss" for an accuracy, and would keep the worst
         # checkpoint by `nll`
         if args.metric_for_best_model is not None and args.greater_is_better is None:
-            args.greater_is_better = "accuracy" in args.metric_for_best_model
+            args.greater_is_better = "acc" in args.metric_for_best_model  # token_accuracy, first_acc
         # a mask embedding gets no gradient in a batch without masked tokens
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True

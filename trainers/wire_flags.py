@@ -10,8 +10,9 @@
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
-import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
+
+from modeling_latentforge.generation_wire import FirstTokenProcessor
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class GenerationAliases:
                 raise ValueError(f"eos_ban_steps must not be negative, got {self.eos_ban_steps}.")
             options[ALIASES["eos_ban_steps"].field] = self.eos_ban_steps
         if self.first_token_top_p is not None:
-            options["logits_processor"] = LogitsProcessorList([FirstTokenTopP(self.first_token_top_p)])
+            options["logits_processor"] = LogitsProcessorList([FirstTokenProcessor(self.first_token_top_p)])
         return options
 
 
@@ -140,29 +141,3 @@ def apply_aliases(aliases: GenerationAliases, *arguments: Any) -> None:
 def _is_default(part: Any, name: str) -> bool:
     known = next(known for known in fields(part) if known.name == name)
     return known.default is not MISSING and getattr(part, name) == known.default
-
-
-class FirstTokenTopP(LogitsProcessor):
-    """Draws an answer's first token from the likeliest ones whose probability reaches `top_p` (arXiv 1904.09751), and
-    leaves the others to whoever writes.
-
-    Args:
-        top_p: in (0, 1].
-
-    Raises:
-        ValueError: another one.
-    """
-
-    def __init__(self, top_p: float):
-        if not 0 < top_p <= 1:
-            raise ValueError(f"first_token_top_p must lie in (0, 1], got {top_p}.")
-        self.top_p = top_p
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
-        if input_ids.shape[1]:  # a row that begins with embeddings has no ids before its first token
-            return scores
-        probabilities, order = scores.float().softmax(-1).sort(dim=-1, descending=True)
-        before = probabilities.cumsum(-1) - probabilities
-        place = torch.multinomial(probabilities * (before < self.top_p), 1)
-        drawn = order.gather(1, place)
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn, scores.gather(1, drawn))

@@ -16,8 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from modeling_latentforge.token_lookup import MISSING, begin_history, extend_history, find_continuations
+
 
 PLACES_STEP = 32  # places are added by so many: growing copies everything
+GROWING = {
+    "history": MISSING,
+    "runs": 0,
+}  # of `token_lookup`, a column a token, newest first; what stands behind shorter rows
 
 
 def room_for(rows: int, places: int) -> tuple[int, int]:
@@ -39,7 +45,7 @@ class RowState:
     Attributes:
         length: places on the patch grid that are filled.
         num_patches: those that the backbone holds.
-        fixed: tensors `(1, ...)` whose size does not grow.
+        fixed: tensors `(1, ...)` whose size does not grow, and what `token_lookup` remembers.
         placed: tensors `(1, h, n, d)` with one entry per patch.
         logits: `(1, V)`, of the next token.
     """
@@ -144,7 +150,12 @@ class Prefill:
         decoder = self.model.decoder
         start = max(0, (length - decoder.reach - patch_size) // patch_size * patch_size)
         latents = sample_latents(self.model, conditions[:, start // patch_size :], [noise])
-        hidden, inputs, windows, memory = decoder(grid[:, start:], None, latents, conditions, start)
+        looked_up = None
+        if decoder.lookup is not None:
+            sizes = decoder.lookup.sizes
+            looked_up = tuple(x[:, start:] for x in find_continuations(grid, None, sizes))
+            fixed["history"], fixed["runs"] = begin_history(grid, None, [length], sizes)
+        hidden, inputs, windows, memory = decoder(grid[:, start:], None, latents, conditions, start, looked_up)
         keep, taps = decoder.window - 1, decoder.convolution.size - 1
         known = min(keep, length - start)
         fixed["window_mask"] = torch.arange(keep, device=hidden.device)[None] >= keep - known
@@ -157,6 +168,17 @@ class Prefill:
         if memory is not None:
             placed["memory_key"], placed["memory_value"] = memory
         return hidden[:, -1], fixed, placed
+
+
+def _widened(name: str, x: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=GROWING[name])
+
+
+def _stacked(name: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    if name in GROWING:
+        width = max(x.shape[1] for x in parts)
+        parts = [_widened(name, x, width) for x in parts]
+    return torch.cat(list(parts))
 
 
 def backbone_mask(model: Any, seen: torch.Tensor) -> torch.Tensor:
@@ -279,7 +301,7 @@ class PatchBatch:
         together = [state.fixed for state in states]
         if self.num_rows:
             together = [self.fixed, *together]
-        self.fixed = {name: torch.cat([fixed[name] for fixed in together]) for name in together[0]}
+        self.fixed = {name: _stacked(name, [fixed[name] for fixed in together]) for name in together[0]}
         logits = [state.logits for state in states]
         self.logits = torch.cat(logits if self.logits is None else [self.logits, *logits])
         self.lengths += [state.length for state in states]
@@ -320,6 +342,9 @@ class PatchBatch:
             return order
         index = torch.tensor(order, device=self.num_patches.device)
         self.fixed = {name: x.index_select(0, index) for name, x in self.fixed.items()}
+        for name in GROWING:
+            if name in self.fixed:
+                self.fixed[name] = self.fixed[name][:, : max(self.lengths)]
         assert self.logits is not None
         self.logits = self.logits.index_select(0, index)
         self.num_patches = self.num_patches.index_select(0, index)
@@ -379,10 +404,18 @@ class PatchBatch:
         memory: Any = None
         if "memory_key" in self.placed:
             memory = tuple(self.placed[f"memory_{x}"][: self.num_rows, :, : self.width] for x in ("key", "value"))
+        embeds, new = fixed["latent_embeds"], {}
+        if decoder.lookup is not None:
+            new["history"], new["runs"], ids, levels = extend_history(
+                fixed["history"], fixed["runs"], tokens, None, decoder.lookup.sizes
+            )
+            embeds = embeds + decoder.embed_lookup(ids[:, None], levels[:, None])
+            for name, x in new.items():
+                fixed[name] = _widened(name, fixed[name], x.shape[1])
         hidden, recent, windows = decoder.step(
             tokens,
             None,
-            fixed["latent_embeds"],
+            embeds,
             before,
             fixed["recent"],
             windows,
@@ -390,7 +423,7 @@ class PatchBatch:
             memory,
             self.seen,
         )
-        new = {"recent": recent, "window_mask": seen[:, 1:]}
+        new |= {"recent": recent, "window_mask": seen[:, 1:]}
         for number, (key, value) in enumerate(windows):
             new[f"window_key{number}"], new[f"window_value{number}"] = key, value
         for name, x in new.items():

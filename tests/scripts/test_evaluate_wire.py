@@ -217,7 +217,7 @@ def test_a_recipe_is_one_that_the_script_takes(name: str, trained: Path):
         (("--latent_len", "16,few"), "latent_len: 'few' is no whole number"),
         (("--seeds", "1.5"), "seeds: '1.5' is no whole number"),
         (("--max_examples", "0"), "max_examples must be at least 1, got 0"),
-        (("--first_token_top_p", "1.5"), "`first_token_top_p` is a share above 0 and up to 1, got 1.5"),
+        (("--first_token_top_p", "1.5"), "`first_token_top_p` must lie in (0, 1], got 1.5"),
         (("--eos_ban_steps", "9"), "eos_ban_steps must lie in 0 to max_new_tokens - 1 (3), got 9"),
         (("--text_mode", "repeat"), "mode must be 'continue' or 'reconstruct', got 'repeat'"),
     ],

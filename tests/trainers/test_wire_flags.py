@@ -5,14 +5,13 @@ import json
 from dataclasses import fields
 
 import pytest
-import torch
 
 from scripts.train_wire import WireArguments
 from tests.modeling_latentforge.test_wire import CONTEXTS, PROMPTS, wire
 from tests.trainers.training_helpers import tiny_args
 from trainers import WireConfig
 from trainers.wire_data import WireDataArguments, load_examples
-from trainers.wire_flags import ALIASES, FirstTokenTopP, GenerationAliases, TrainingAliases, apply_aliases
+from trainers.wire_flags import ALIASES, GenerationAliases, TrainingAliases, apply_aliases
 
 
 # as the issue names them
@@ -80,18 +79,6 @@ def test_flags_that_say_different_things_are_refused(tmp_path):
     apply_aliases(TrainingAliases(use_gist_head=True), own, training)
     assert training.gist_weight == 0.3  # the flag says that there is one, the number how much
     assert tiny_args(WireConfig, tmp_path, debug="true").debug == ["underflow_overflow"]
-
-
-def test_the_first_token_is_drawn_from_the_nucleus_and_the_rest_is_not_touched():
-    """Drawn at every step, greedy answers become samples."""
-    torch.manual_seed(0)
-    scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(400, -1)
-    process = FirstTokenTopP(0.7)
-    drawn = process(torch.zeros(400, 0, dtype=torch.long), scores).argmax(-1)
-    assert set(drawn.tolist()) == {0, 1} and 0.5 < (drawn == 0).float().mean() < 0.75
-    assert torch.equal(process(torch.zeros(400, 1, dtype=torch.long), scores), scores)
-    with pytest.raises(ValueError, match="must lie in"):
-        FirstTokenTopP(0.0)
 
 
 @pytest.mark.parametrize("mode", ["soft", "kv"])

@@ -1,9 +1,11 @@
 """What a wire learns by beside answers, LoRA on its receivers, and what fits into memory."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from modeling_latentforge import Template
@@ -12,7 +14,7 @@ from tests.trainers.test_wire_trainer import fingerprint, rooms
 from tests.trainers.training_helpers import tiny_args
 from trainers import WireConfig, WireTrainer
 from trainers.elastic import elastic_plan
-from trainers.losses.answers import align_loss, first_token_accuracy, repeat_loss
+from trainers.losses.answers import align_loss, answer_divergence, first_token_accuracy, repeat_loss
 from trainers.wire_lora import adapter_parameters, add_adapter, without_adapter
 from trainers.wire_models import load_receiver, load_wire, parse_receivers, save_wire
 from trainers.wire_trainer import LEARNING, beginning
@@ -116,6 +118,12 @@ def test_adapters_learn_and_the_model_under_them_does_not(mode, tmp_path):
     add_adapter(reader, 2, dropout=0.1)
     start = {name: x.clone() for name, x in adapter_parameters(reader).items()}
     trainer = trainer_of(model, tmp_path, kd_weight=0.5)
+    dropped = set()
+    for name, module in reader.model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(
+                lambda module, *_, name=name: dropped.add(module.training == ("lora" in name))
+            )
     trainer.train()
     moved = [name for name, x in adapter_parameters(reader).items() if not torch.equal(x, start[name])]
     assert len(moved) == len(start)
@@ -123,6 +131,7 @@ def test_adapters_learn_and_the_model_under_them_does_not(mode, tmp_path):
     assert after.keys() == bare.keys() and all(torch.equal(after[name], bare[name]) for name in bare)
     assert not any(x.requires_grad for x in reader.model.parameters())
     assert not any(module.training for module in reader.model.modules()), "no dropout afterwards"
+    assert dropped == {True}, "and dropout on LoRA alone while it learns"
     assert not hasattr(model, LEARNING) and not any("lora" in name for name in model.state_dict())
     assert before == fingerprint(receiver("llama").model)
 
@@ -142,11 +151,13 @@ def test_the_teacher_of_an_adapted_receiver_is_the_bare_one(tmp_path):
     assert torch.equal(again, bare) and not torch.allclose(adapted, bare)
     trainer = trainer_of(model, tmp_path, kd_weight=1.0)
     inputs = trainer.data_collator(ROWS)
-    found = trainer.parts(model, inputs, trainer.drawn())["kd"]
-    for parameter in adapter_parameters(reader).values():
-        torch.nn.init.zeros_(parameter)
-    zero = trainer.parts(model, inputs, trainer.drawn())["kd"]
-    assert not torch.allclose(found, zero)  # the student's own side does have it
+    texts, prompts, answers = inputs["contexts"], inputs["prompts"], inputs["answers"]
+    with torch.no_grad():
+        found = trainer.parts(model, inputs, trainer.drawn())["kd"]
+        student, targets = model.ask("llama", model.encode(texts), prompts, answers)
+        bare = receiver("llama")
+        teacher, _ = bare.answer_logits(None, bare.compose(bare.text_injection(texts), prompts, answers))
+    torch.testing.assert_close(found, answer_divergence(student, teacher, targets))
 
 
 def test_a_resumed_run_has_the_adapters_it_had(tmp_path):
@@ -159,6 +170,21 @@ def test_a_resumed_run_has_the_adapters_it_had(tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3") if name == "again" else None)
         runs[name] = [fingerprint(model), *(fingerprint(reader.model) for reader in model.receivers.values())]
     assert runs["whole"] == runs["again"]
+
+
+def test_the_best_checkpoint_comes_back_with_its_adapters(tmp_path):
+    """The bridge of one step behind the adapter of another."""
+    model = lora_wire(("llama",))
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = trainer_of(
+        model, tmp_path, **options, load_best_model_at_end=True, metric_for_best_model="first_acc", learning_rate=0.3
+    )
+    assert trainer.args.greater_is_better
+    trainer.train()
+    best = load_file(Path(trainer.state.best_model_checkpoint) / "receivers" / "llama" / "adapter_model.safetensors")
+    held = {name.replace(".default", ""): x for name, x in adapter_parameters(model.receivers["llama"]).items()}
+    assert best.keys() == held.keys() and all(torch.equal(best[name], held[name]) for name in best)
+    assert set(model.state_dict()) == set(load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors"))
 
 
 def test_a_saved_wire_comes_back_with_adapters_and_templates(tmp_path):

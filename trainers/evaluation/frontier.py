@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from modeling_latentforge import LatentForgeConfig
+
 from ..reporting import _figure
 from ..verification import environment
 from .brier import summarize_brier
@@ -422,6 +424,7 @@ def _student(label: str, patch_size: int, rate: float, brier: bool = False, **fi
     return Candidate(f"K={patch_size}{label}", "student", (run,), brier)
 
 
+LONGEST = LatentForgeConfig.decoder_lookup
 BIG_BACKBONE = {"hidden_size": 384, "num_hidden_layers": 8}
 
 
@@ -446,6 +449,9 @@ def python_candidates(codec: str) -> list[Candidate]:
         _student(", decoder 2 x 256", 8, 4e-3, num_decoder_layers=2),
         _student(", decoder 1 x 128", 8, 4e-3, decoder_hidden_size=128),
         _student(", backbone 8 x 384", 8, 4e-3, backbone=BIG_BACKBONE, decoder_hidden_size=256),
+        _student(", lookup", 8, 4e-3, decoder_lookup=LONGEST),
+        _student(", lookup, decoder 2 x 256", 8, 4e-3, decoder_lookup=LONGEST, num_decoder_layers=2),
+        _student(", lookup", 4, 4e-3, decoder_lookup=LONGEST),
         _student("", 4, 4e-3, brier=True),
         Candidate("K=4, regression", named, (Run("student", 4e-3, 0, 4, parallel, {}, None, codec),), True),
         Candidate("K=4, energy", named, (Run("student", 4e-3, 0, 4, energy, energy_weights, None, codec),), True),

@@ -277,6 +277,8 @@ def kept_by_autograd(config: Any, plan: TrainingPlan, lora_rank: int = 0) -> Kep
         attention = (width + 4 * width + out + 2 * window) * number
         per_layer = _norm(width, 1, autocast) + attention + _gated(width, inner, autocast)
         per_token += config.num_decoder_layers * per_layer
+        if config.decoder_lookup:
+            per_token += width * number + _norm(width, 1, autocast) + 2 * width * FP32
         if config.decoder_memory == "patches":
             per_token += _norm(width, 1, autocast) + (width + out) * number
             decoder += conditions * (_norm(hidden, 1, autocast) + 3 * width * number)

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import DynamicCache
 
+from modeling_latentforge.token_lookup import begin_history, extend_history
+
 from .brier import mixture_terms, patch_outcomes, smooth_outcomes
 
 
@@ -205,13 +207,23 @@ def _draw_autoregressive(model: Any, input_ids: torch.Tensor, num_draws: int) ->
     latent_embeds = branches(decoder.embed_latents(latents[:, 1 : places + 1]))[:, None]
     positions = branches(starts.expand(len(input_ids), -1))
     state: dict[str, Any] = {"recent": recent, "windows": held, "mask": window_mask}
+    if decoder.lookup is not None:
+        rows = input_ids.repeat_interleave(places, dim=0)
+        texts = begin_history(rows, None, starts.tolist() * len(input_ids), decoder.lookup.sizes)
+        state["history"], state["runs"] = (x.repeat_interleave(num_draws, dim=0) for x in texts)
 
     def step(drawn: torch.Tensor, place: int) -> torch.Tensor:
         seen = torch.cat([state["mask"], state["mask"].new_ones(len(positions), 1)], dim=1)
+        embeds = latent_embeds
+        if decoder.lookup is not None:
+            state["history"], state["runs"], found, levels = extend_history(
+                state["history"], state["runs"], drawn.flatten(), None, decoder.lookup.sizes
+            )
+            embeds = embeds + decoder.embed_lookup(found[:, None], levels[:, None])
         vectors, state["recent"], state["windows"] = decoder.step(
             drawn.flatten(),
             None,
-            latent_embeds,
+            embeds,
             positions + place,
             state["recent"],
             state["windows"],

@@ -1,9 +1,10 @@
 """Rows of `make verify TOPIC=modelling`: heads that make one-shot patches work, students that begin as a teacher."""
 
 import json
+import math
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,93 @@ from ..data import DataArguments, load_blocks
 from ..verification import ROOT, Context, Measured, Row
 from .brier import patch_outcomes, summarize_brier
 from .defaults import faults
+from .frontier import LONGEST, Lengths, decode_rates, python_frontier, report
 from .likelihood import exact_likelihood
 from .one_shot import IMPOSSIBLE, one_shot_figures
 from .patch_draws import brier_sums
-from .rows_main import books, books_table
-from .side_by_side import RECORDS, Run, SideBySide
+from .side_by_side import RECORDS, STUDENT, Run, SideBySide
 
 
 TEACHER = Run("token_lm", 4e-3)
+
+
+def python_table(context: Context) -> SideBySide:
+    return SideBySide(
+        context.shared_dir / "python_2m",
+        "builtin:python",
+        None,
+        vocab_size=1024,
+        num_tokens=2 * 10**6,
+        say=context.say,
+        records_dir=RECORDS,
+        fresh=context.fresh,
+    )
+
+
+# -- what the context is worth
+
+
+def context_runs(patch_size: int) -> dict[str, Run]:
+    """The decoder of the tables alone, students with it, and what has the whole context."""
+    whole = {"num_decoder_layers": 4, "decoder_window": 512, "decoder_memory": "none"}
+
+    def run(kind: str, **fields: Any) -> Run:
+        return Run(kind, 4e-3, 0, patch_size, {**STUDENT, **fields})
+
+    return {
+        "token LM": TEACHER,
+        # the strongest without a lookup: what the decoder has and transformers' models have not. Its latents are
+        # those of K=8 for every row
+        "token LM with the convolution": Run("decoder_alone", 4e-3, 0, 8, {**STUDENT, **whole}),
+        "decoder alone": run("decoder_alone"),
+        "student without lookup": run("student"),
+        "decoder alone, with lookup": run("decoder_alone", decoder_lookup=LONGEST),
+        "student": run("student", decoder_lookup=LONGEST),
+    }
+
+
+def context_share(patch_size: int, target: float) -> Callable[[Context], Measured]:
+    def measure(context: Context) -> Measured:
+        table = python_table(context)
+        runs = context_runs(patch_size)
+        table.results(list(runs.values()))
+        nll = {name: table.result(run)["nll"] for name, run in runs.items()}
+        whole = min(nll["token LM"], nll["token LM with the convolution"])
+        worth = nll["decoder alone"] - whole
+        gained = nll["decoder alone"] - nll["student"]
+        of_latents = nll["decoder alone, with lookup"] - nll["student"]
+        hurt = table.result(runs["student"])["nll_shuffled"] - nll["student"]
+        built = {name: table.build(runs[name]).eval() for name in ("student without lookup", "student")}
+        rates = decode_rates(built, Lengths())
+        speed = {name: 1 / rate["decode_tokens_per_second"] for name, rate in rates.items()}
+        slower = speed["student"] / speed["student without lookup"]
+        share = gained / worth if worth > 0 else math.inf
+        figure = (
+            f"{share:.0%} of {worth:.3f} nats at {slower:.2f}x decode time; latents: {of_latents:+.3f} beside the "
+            f"same decoder alone, shuffled cost {hurt:.3f} ("
+            + ", ".join(f"{name} {value:.3f}" for name, value in nll.items())
+            + f"){table.provenance()}"
+        )
+        details = {name: table.result(run)["nll_by_context"] for name, run in runs.items()}
+        passed = worth >= 0.1 and share >= target and slower <= 1.15
+        return Measured(figure, passed, {"nll": nll, "by_context": details, "slower": slower, "latents": of_latents})
+
+    return measure
+
+
+def equal_speed(context: Context) -> Measured:
+    """The frontier of the evaluation's rows, on the text of this topic, with the students that look up."""
+    corpus = python_frontier(context.shared_dir / "python_2m", say=context.say, records_dir=RECORDS)
+    (entry,) = report([corpus], context.work_dir, speed_again=True).values()
+    best = entry["best"]
+    if best is None:
+        return Measured("no student between two token LMs", False, entry)
+    return Measured(
+        f"{best['advantage']:+.3f} nats ({best['label']}, {best['tokens_per_second']:.0f} tokens/s, "
+        f"{best['nll']:.3f} nats){corpus.table.provenance()}",
+        best["advantage"] >= 0.1,
+        entry,
+    )
 
 
 # -- heads of parallel decoders
@@ -70,7 +150,7 @@ def whole_rows(table: SideBySide) -> torch.Tensor:
 
 def aligned(context: Context, num_rows: int = 64, positions: int = 20_000) -> Measured:
     """The aligned head beside the energy head and regression: same codec, backbone, text and tokens."""
-    table = books_table(context)
+    table = python_table(context)
     table.load(TEACHER)
     runs = one_shot_runs(table.codec(4))
     table.results(list(runs.values()))
@@ -135,10 +215,7 @@ def brier_of_texts(model: Any, rows: torch.Tensor, num_rows: int = 256, num_toke
 
 def calm_shape(context: Context, patch_sizes: Sequence[int] = (1, 2, 4, 8)) -> Measured:
     """CALM's head and decoder at several patch sizes: same text, tokens and backbone."""
-    work_dir = context.shared_dir / "python_2m"
-    table = SideBySide(
-        work_dir, "builtin:python", None, vocab_size=1024, num_tokens=2 * 10**6, say=context.say, records_dir=RECORDS
-    )
+    table = python_table(context)
     student = {"decoder_type": "parallel", "head_config": {"head_type": "energy"}}
     weights = {"ce_weight": 0.0, "energy_weight": 1.0}
     runs = {k: Run("student", 4e-3, 0, k, student, weights, None, table.codec(k)) for k in patch_sizes}
@@ -164,9 +241,9 @@ def calm_shape(context: Context, patch_sizes: Sequence[int] = (1, 2, 4, 8)) -> M
 # -- from a teacher
 
 
-def from_teacher(context: Context, patch_size: int = 4, steps: int = 610, limit: float = 0.1) -> Measured:
+def from_teacher(context: Context, patch_size: int = 4, steps: int = 244, limit: float = 0.1) -> Measured:
     """`scripts/train_student.py` with the backbone frozen but for LoRA; the teacher is the table's token LM."""
-    table = books_table(context)
+    table = python_table(context)
     table.load(TEACHER)
     teacher = table.work_dir / table.name(TEACHER) / "model"
     output = context.work_dir / "student"
@@ -176,10 +253,10 @@ def from_teacher(context: Context, patch_size: int = 4, steps: int = 610, limit:
             "teacher": str(teacher),
             "init_from_teacher": "true",
             "lora_r": "16",
-            **books(),
+            "data": "builtin:python",
             "output_dir": str(output),
             "block_size": "512",
-            "max_train_tokens": "5000000",
+            "max_train_tokens": "2000000",
             "max_eval_tokens": str(2**17),
             "max_steps": str(steps),  # of 8192 tokens
             "per_device_train_batch_size": "4",
@@ -203,7 +280,7 @@ def from_teacher(context: Context, patch_size: int = 4, steps: int = 610, limit:
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     curve = {entry["step"] * 8192: entry["eval_nll"] for entry in history if "eval_nll" in entry}
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    arguments = DataArguments(**books(), block_size=512, max_eval_tokens=2**17, max_train_tokens=1024)
+    arguments = DataArguments(data="builtin:python", block_size=512, max_eval_tokens=2**17, max_train_tokens=1024)
     _, held_out = load_blocks(arguments, tokenizer, patch_size, seed=0)
     nll = {
         name: exact_likelihood(AutoModelForCausalLM.from_pretrained(folder).eval(), held_out)["nats_per_token"]
@@ -227,7 +304,12 @@ def defaults(context: Context) -> Measured:
     return Measured("every default has its source" if not found else "; ".join(found), not found)
 
 
-BOOKS = "4 x 256, V=4096, books, 5 M tokens, seed 0, bf16 autocast"
+PYTHON = "4 x 256, V=1024, builtin:python, 2 M tokens, seed 0, rate 4e-3, bf16 autocast"
+CONTEXT = (
+    f"{PYTHON}; share: of the distance from the decoder alone (no lookup, window of two patches) to the better of two "
+    "token LMs of 4 layers with the whole context, one of them with the decoder's convolution; decode time beside the "
+    "same student without lookup, one row, one thread, medians of 15"
+)
 ROWS = [
     Row(
         "defaults",
@@ -242,7 +324,7 @@ ROWS = [
         "higher Brier-1..4, >= 2x fewer impossible patches, >= 1.3x accepted draft tokens",
         aligned,
         long=True,
-        setup=f"{BOOKS}, rate 4e-3; teacher: the token LM of 4 x 256 on the same text, in process; impossible: a "
+        setup=f"{PYTHON}; teacher: the token LM of 4 x 256 on the same text, in process; impossible: a "
         f"token of the sampled patch has less than {IMPOSSIBLE:g} by the teacher; Brier at 20,000 places",
     ),
     Row(
@@ -251,7 +333,7 @@ ROWS = [
         "CALM's shape: K=4 best, K=8 worse",
         calm_shape,
         long=True,
-        setup="4 x 256, V=1024, builtin:python, 2 M tokens, rate 4e-3, seed 0; codecs of latent size 32 K, 500 steps; "
+        setup=f"{PYTHON}; codecs of latent size 32 K, 500 steps; "
         "Brier-1..4 of 4 tokens by `generate` at 7 places of 256 rows",
     ),
     Row(
@@ -260,6 +342,26 @@ ROWS = [
         "<= 0.1 nats above the teacher within 5 M tokens",
         from_teacher,
         long=True,
-        setup=f"{BOOKS}; teacher: the token LM of 4 x 256 on the same text; LoRA rank 16, ce 0.5 + kd 0.5, rate 4e-3",
+        setup=f"{PYTHON}; teacher: the token LM of 4 x 256 on the same text; LoRA rank 16, ce 0.5 + kd 0.5",
+    ),
+    *(
+        Row(
+            f"context_share_k{k}",
+            f"share of the context's worth that the default student has, K={k}, Python code",
+            f">= {share:.0%} at <= 1.15x of the decode time without",
+            context_share(k, share),
+            long=True,
+            setup=CONTEXT,
+        )
+        for k, share in ((8, 0.7), (4, 0.85))
+    ),
+    Row(
+        "equal_speed",
+        "best student against the token LM of equal decode tokens/s, Python code",
+        "held-out NLL >= 0.1 nats better",
+        equal_speed,
+        long=True,
+        setup=f"{PYTHON}; 4 token LMs and 12 students; the best one chosen on other held-out text; token LMs have no "
+        "lookup; speeds greedy, batch 1, one thread, median of 15",
     ),
 ]

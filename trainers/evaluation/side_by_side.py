@@ -51,8 +51,13 @@ from .likelihood import divergence_from_teacher
 RECORDS = Path(__file__).parent.parent.parent / "docs" / "runs"
 
 # The student of every comparison, as the tables of docs/experiments.md chose it; its decoder is as wide as the
-# backbone.
-STUDENT = {"decoder_type": "autoregressive", "num_decoder_layers": 1, "decoder_memory": "patches"}
+# backbone. Most tables are older than the lookup, which token LMs could have as well: rows that are about it say so.
+STUDENT = {
+    "decoder_type": "autoregressive",
+    "num_decoder_layers": 1,
+    "decoder_memory": "patches",
+    "decoder_lookup": 0,
+}
 
 STUDENT_DEFAULTS = {
     name: default
@@ -214,9 +219,13 @@ class SideBySide:
         # what a run leaves open is part of what it was: a new default makes a new run
         defaults = GRANITE if run.kind == "token_lm" else STUDENT_DEFAULTS
         teacher = run.teacher and self._portable(run.teacher)
-        portable = asdict(run) | {"autoencoder": codec, "student": {**defaults, **run.student}, "teacher": teacher}
+        student = {**defaults, **run.student}
+        portable = asdict(run) | {"autoencoder": codec, "student": student, "teacher": teacher}
+        # runs from before there was a choice keep their names
         if not run.signal:
-            del portable["signal"]  # runs from before there was a choice keep their names
+            del portable["signal"]
+        if not student.get("decoder_lookup") or student["decoder_type"] == "parallel":
+            student.pop("decoder_lookup", None)
         return portable
 
     def provenance(self) -> str:

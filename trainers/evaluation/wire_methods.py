@@ -101,21 +101,21 @@ class Decoding:
     def draws(self) -> bool:
         return self.first_token_top_p is not None or self.first_token_temperature is not None
 
-    def processors(self, ids: Sequence[str]) -> list[Any]:
-        """Of a batch of these examples."""
+    def processors(self, ids: Sequence[str], start: int = 0) -> list[Any]:
+        """Of a batch of these examples, behind so many ids."""
         if not self.draws:
             return []
         seeds = [int(hashlib.sha256(f"{self.seed}/{name}".encode()).hexdigest()[:12], 16) for name in ids]
         top_p = 1.0 if self.first_token_top_p is None else self.first_token_top_p
         temperature = 1.0 if self.first_token_temperature is None else self.first_token_temperature
-        return [FirstTokenProcessor(top_p, temperature, seeds)]
+        return [FirstTokenProcessor(top_p, temperature, seeds, start)]
 
-    def options(self, ids: Sequence[str]) -> dict[str, Any]:
+    def options(self, ids: Sequence[str], start: int = 0) -> dict[str, Any]:
         """For `generate` of transformers."""
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         if self.eos_ban_steps:
             options["min_new_tokens"] = self.eos_ban_steps
-        if processors := self.processors(ids):
+        if processors := self.processors(ids, start):
             options["logits_processor"] = LogitsProcessorList(processors)
         return options
 
@@ -323,8 +323,9 @@ def score_answers(
 def write_answers(reading: Reading, prompts: Sequence[str], ids: Sequence[str], decoding: Decoding) -> list[str]:
     """What the receiver answers; `ids` of the examples seed a draw."""
     batch = reading.compose(prompts)
+    options = decoding.options(ids, 0 if batch.input_ids is None else batch.input_ids.shape[1])
     with reading.reader():
-        return reading.receiver.write(reading.injection, batch, reading.bridge, **decoding.options(ids))
+        return reading.receiver.write(reading.injection, batch, reading.bridge, **options)
 
 
 def task_metrics(metric: str, example: Example) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def table_of_comparisons(comparisons: Sequence[Mapping[str, Any]]) -> ReportTabl
     rows = [
         (
             _who(entry),
-            entry["against"],
+            _against(entry),
             entry["metric"],
             f"{entry['difference']:+.3f}{_interval(entry['interval'])}",
             f"{entry['p']:.2g}",
@@ -71,6 +71,12 @@ def table_of_comparisons(comparisons: Sequence[Mapping[str, Any]]) -> ReportTabl
 
 def _who(entry: Mapping[str, Any]) -> str:
     return ", ".join([entry["method"], *_where(entry)])
+
+
+def _against(entry: Mapping[str, Any]) -> str:
+    """Where a method has no receiver or no M of its own, the other side's is told."""
+    other = {name: entry.get(f"against_{name}") for name in ("receiver", "latent_len") if entry.get(name) is None}
+    return ", ".join([entry["against"], *_where(other)])
 
 
 def _where(entry: Mapping[str, Any]) -> list[str]:
@@ -118,7 +124,10 @@ def _datasets(report: Mapping[str, Any], plots: Mapping[str, Sequence[str]]) -> 
         def own(name: str, dataset: str = dataset) -> list[Mapping[str, Any]]:
             return [entry for entry in report[name] if entry["dataset"] == dataset]
 
-        items: list[Any] = ["What is sent, bytes a message (how often the text's):", _messages(own("messages"))]
+        items: list[Any] = [
+            "What is sent, bytes a message (how many times fewer than the text):",
+            _messages(own("messages")),
+        ]
         items += ["What is answered:", _results(own("results"), own("latency"))]
         items += [f"![rate and quality]({name})" for name in plots.get(dataset, ())]
         if own("gain_share"):

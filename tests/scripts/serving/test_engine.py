@@ -305,15 +305,15 @@ def test_texts_end_at_eos_and_at_stop_strings(start):
     model = student()
     tokenizer = byte_tokenizer()
     engine = start(model)
-    whole = ask(engine, prompts()[3], 60).wait()
+    whole = ask(engine, prompts()[0], 60).wait()
     text = tokenizer.decode(whole.ids, skip_special_tokens=True)
     assert whole.text == text
     stop = text[20:23]
-    cut = ask(engine, prompts()[3], 60, stop=[stop, "never there"]).wait()
+    cut = ask(engine, prompts()[0], 60, stop=[stop, "never there"]).wait()
     assert cut.text == text[: text.index(stop)] and cut.reason == "stop"
     assert cut.request.num_tokens <= len(whole.ids)
     model.generation_config.eos_token_id = whole.ids[10]
-    ended = ask(start(model), prompts()[3], 60, ignore_eos=False).wait()
+    ended = ask(start(model), prompts()[0], 60, ignore_eos=False).wait()
     first = whole.ids.index(whole.ids[10])
     assert ended.ids == whole.ids[:first] and ended.reason == "stop" and ended.request.num_tokens == first + 1
 

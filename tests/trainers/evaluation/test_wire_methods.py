@@ -18,6 +18,8 @@ from modeling_latentforge.generation_wire import FirstTokenProcessor
 from modeling_latentforge.latent_packet import HEADER
 from modeling_latentforge.latent_quantizer import num_payload_bytes
 from tests.modeling_latentforge.test_wire import ANSWERS, CONTEXTS, PROMPTS, receiver, wire
+from tests.trainers.test_wire_trainer import reader as trained_reader  # noqa: F401  (a fixture)
+from tests.trainers.test_wire_trainer import rooms, trainer_of, wire_of
 from trainers.evaluation.paired_statistics import holm, mcnemar
 from trainers.evaluation.wire_evaluation import WireEvaluation, WireSettings, summarize
 from trainers.evaluation.wire_methods import (
@@ -287,6 +289,12 @@ def test_the_first_token_is_drawn_and_no_other():
     assert float(expected[:2].sum()) < 0.96 and shares[3] == 0
     torch.testing.assert_close(shares[:3], expected.float(), atol=0.02, rtol=0)
     assert processor(torch.zeros(4000, 1, dtype=torch.long), scores) is scores
+    behind = FirstTokenProcessor(0.96, 0.7, list(range(4000)), start=9)
+    assert behind(torch.zeros(4000, 0), scores) is scores
+    assert torch.equal(behind(torch.zeros(4000, 9), scores), drawn)
+    torch.manual_seed(0)
+    free = FirstTokenProcessor(0.96, 0.7)(torch.zeros(4000, 0), scores).argmax(1).bincount(minlength=4) / 4000
+    torch.testing.assert_close(free[:3], expected.float(), atol=0.02, rtol=0)
     only = FirstTokenProcessor(0.5, 1.0, [0, 1])(torch.zeros(2, 0), scores[:2])
     assert only.argmax(1).tolist() == [0, 0]
     with pytest.raises(ValueError, match="1 seeds for 2 rows"):
@@ -308,6 +316,9 @@ def test_a_draw_is_of_the_seed_and_the_example_and_the_rest_is_greedy():
     hot = {"first_token_temperature": 5.0}
     assert texts(**hot, seed=1) == texts(**hot, seed=1) != texts(**hot, seed=2)
     assert texts() == texts(first_token_top_p=1e-6)  # the likeliest alone
+    assert write_answers(reading_of(model, "text"), PROMPTS, ids, Decoding(8, **hot, seed=1)) == write_answers(
+        reading_of(model, "replay"), PROMPTS, ids, Decoding(8, **hot, seed=1)
+    )
     first = LogitsProcessorList(Decoding(8, **hot, seed=1).processors(ids))
     options = {"max_new_tokens": 8, "do_sample": False, "logits_processor": first}
     assert model.generate("llama", model.encode(CONTEXTS), PROMPTS, **options) == texts(**hot, seed=1)
@@ -666,6 +677,28 @@ def test_a_summary_without_closed_book_has_no_share():
     found = summarize(records, [], {"text": "token_f1"}, 50)
     assert found["gain_share"][0]["share"] == pytest.approx(0.5)
     assert not summarize(records[:6], [], {"text": "token_f1"}, 50)["gain_share"]
+
+
+@pytest.mark.slow
+def test_a_trained_wire_has_its_share_and_the_controls_have_none(trained_reader, tmp_path):  # noqa: F811
+    """Controls that come out well, or a text that does not, are a fault of the table before they are one of a wire."""
+    rows = rooms(0)
+    model = wire_of(trained_reader)
+    trainer_of(model, tmp_path / "run", rows, max_steps=260, per_device_train_batch_size=32).train()
+    examples = [Example(**row, id=str(place), document=str(place)) for place, row in enumerate(rows)]
+    methods = ("text", "latent", "closed_book", "token_budget", "shuffled", "zero", "replay")
+    settings = WireSettings(methods, decoding=Decoding(12), batch_size=32, latency_examples=0, resamples=2000)
+    report, _ = WireEvaluation(model, {("custom", 0): examples}, {"custom": "f1"}, settings, tmp_path / "parts").run()
+    em = {entry["method"]: entry["metrics"]["em"]["mean"] for entry in report["results"]}
+    assert em["text"] == em["replay"] >= 0.9 and em["latent"] >= 0.9
+    assert max(em["closed_book"], em["shuffled"], em["zero"]) <= 0.1
+    share = {entry["method"]: entry for entry in report["gain_share"]}
+    assert share["latent"]["gain"] > 1 and share["latent"]["gain_interval"][0] > 0.5
+    assert share["latent"]["interval"][0] > 0.8
+    # this receiver has never seen a question without a text, so that any text brings it something
+    assert max(share[name]["interval"][1] for name in ("shuffled", "zero")) < 0.4
+    p = {(x["method"], x["against"]): x for x in report["comparisons"] if x["metric"] == "em"}
+    assert p["shuffled", "latent"]["p_holm"] < 1e-4 and p["latent", "text"]["p_holm"] > 0.05
 
 
 def test_latencies_are_of_one_example_at_a_time():
