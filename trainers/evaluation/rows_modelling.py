@@ -309,8 +309,8 @@ def defaults(context: Context) -> Measured:
 PYTHON = "4 x 256, V=1024, builtin:python, 2 M tokens, seed 0, rate 4e-3"
 CONTEXT = (
     f"{PYTHON}, bf16 autocast; share: of the distance from the decoder alone (no lookup, window of two patches) to "
-    "the better of two token LMs of 4 layers with the whole context, one of them with the decoder's convolution; decode time beside the "
-    "same student without lookup, one row, one thread, medians of 15"
+    "the better of two token LMs of 4 layers with the whole context, one of them with the decoder's convolution; "
+    "decode time beside the same student without lookup, one row, one thread, medians of 15"
 )
 ROWS = [
     Row(
