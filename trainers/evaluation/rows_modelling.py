@@ -25,13 +25,15 @@ from .side_by_side import RECORDS, STUDENT, Run, SideBySide
 TEACHER = Run("token_lm", 4e-3)
 
 
-def python_table(context: Context) -> SideBySide:
+def python_table(context: Context, bf16: bool = True) -> SideBySide:
+    """`bf16`: as the tables of the topics `main` and `evaluation`, whose runs are shared."""
     return SideBySide(
         context.shared_dir / "python_2m",
         "builtin:python",
         None,
         vocab_size=1024,
         num_tokens=2 * 10**6,
+        bf16=bf16,
         say=context.say,
         records_dir=RECORDS,
         fresh=context.fresh,
@@ -150,7 +152,7 @@ def whole_rows(table: SideBySide) -> torch.Tensor:
 
 def aligned(context: Context, num_rows: int = 64, positions: int = 20_000) -> Measured:
     """The aligned head beside the energy head and regression: same codec, backbone, text and tokens."""
-    table = python_table(context)
+    table = python_table(context, bf16=False)
     table.load(TEACHER)
     runs = one_shot_runs(table.codec(4))
     table.results(list(runs.values()))
@@ -215,7 +217,7 @@ def brier_of_texts(model: Any, rows: torch.Tensor, num_rows: int = 256, num_toke
 
 def calm_shape(context: Context, patch_sizes: Sequence[int] = (1, 2, 4, 8)) -> Measured:
     """CALM's head and decoder at several patch sizes: same text, tokens and backbone."""
-    table = python_table(context)
+    table = python_table(context, bf16=False)
     student = {"decoder_type": "parallel", "head_config": {"head_type": "energy"}}
     weights = {"ce_weight": 0.0, "energy_weight": 1.0}
     runs = {k: Run("student", 4e-3, 0, k, student, weights, None, table.codec(k)) for k in patch_sizes}
@@ -243,7 +245,7 @@ def calm_shape(context: Context, patch_sizes: Sequence[int] = (1, 2, 4, 8)) -> M
 
 def from_teacher(context: Context, patch_size: int = 4, steps: int = 244, limit: float = 0.1) -> Measured:
     """`scripts/train_student.py` with the backbone frozen but for LoRA; the teacher is the table's token LM."""
-    table = python_table(context)
+    table = python_table(context, bf16=False)
     table.load(TEACHER)
     teacher = table.work_dir / table.name(TEACHER) / "model"
     output = context.work_dir / "student"
@@ -304,11 +306,11 @@ def defaults(context: Context) -> Measured:
     return Measured("every default has its source" if not found else "; ".join(found), not found)
 
 
-PYTHON = "4 x 256, V=1024, builtin:python, 2 M tokens, seed 0, rate 4e-3, bf16 autocast"
+PYTHON = "4 x 256, V=1024, builtin:python, 2 M tokens, seed 0, rate 4e-3"
 CONTEXT = (
-    f"{PYTHON}; share: of the distance from the decoder alone (no lookup, window of two patches) to the better of two "
-    "token LMs of 4 layers with the whole context, one of them with the decoder's convolution; decode time beside the "
-    "same student without lookup, one row, one thread, medians of 15"
+    f"{PYTHON}, bf16 autocast; share: of the distance from the decoder alone (no lookup, window of two patches) to "
+    "the better of two token LMs of 4 layers with the whole context, one of them with the decoder's convolution; "
+    "decode time beside the same student without lookup, one row, one thread, medians of 15"
 )
 ROWS = [
     Row(
@@ -324,7 +326,7 @@ ROWS = [
         "higher Brier-1..4, >= 2x fewer impossible patches, >= 1.3x accepted draft tokens",
         aligned,
         long=True,
-        setup=f"{PYTHON}; teacher: the token LM of 4 x 256 on the same text, in process; impossible: a "
+        setup=f"{PYTHON}, fp32; teacher: the token LM of 4 x 256 on the same text, in process; impossible: a "
         f"token of the sampled patch has less than {IMPOSSIBLE:g} by the teacher; Brier at 20,000 places",
     ),
     Row(
@@ -333,7 +335,7 @@ ROWS = [
         "CALM's shape: K=4 best, K=8 worse",
         calm_shape,
         long=True,
-        setup=f"{PYTHON}; codecs of latent size 32 K, 500 steps; "
+        setup=f"{PYTHON}, fp32; codecs of latent size 32 K, 500 steps; "
         "Brier-1..4 of 4 tokens by `generate` at 7 places of 256 rows",
     ),
     Row(
@@ -342,7 +344,7 @@ ROWS = [
         "<= 0.1 nats above the teacher within 5 M tokens",
         from_teacher,
         long=True,
-        setup=f"{PYTHON}; teacher: the token LM of 4 x 256 on the same text; LoRA rank 16, ce 0.5 + kd 0.5",
+        setup=f"{PYTHON}, fp32; teacher: the token LM of 4 x 256 on the same text; LoRA rank 16, ce 0.5 + kd 0.5",
     ),
     *(
         Row(
@@ -361,7 +363,7 @@ ROWS = [
         "held-out NLL >= 0.1 nats better",
         equal_speed,
         long=True,
-        setup=f"{PYTHON}; 4 token LMs and 12 students; the best one chosen on other held-out text; token LMs have no "
-        "lookup; speeds greedy, batch 1, one thread, median of 15",
+        setup=f"{PYTHON}, bf16 autocast; 4 token LMs and 12 students; the best one chosen on other held-out "
+        "text; token LMs have no lookup; speeds greedy, batch 1, one thread, median of 15",
     ),
 ]
