@@ -65,20 +65,28 @@ def _values(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def tokenizer_folder(context: Context, name: str) -> Path:
+    """Of novels; texts begin with EOS where blocks of training did, so that EOS is BOS too."""
+    folder = context.shared_dir / "tokenizers" / name
+    if not (folder / "tokenizer.json").exists():
+        words = ["--data", books()["data"], "--vocab_size", str(RECEIVERS[name][1]), "--output_dir", str(folder)]
+        subprocess.run([sys.executable, str(ROOT / "scripts" / "train_tokenizer.py"), *words], check=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.bos_token = tokenizer.eos_token
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
 def receiver_folder(context: Context, name: str) -> Path:
     """A language model with a tokenizer of its own, on novels; trained once."""
-    architecture, vocabulary = RECEIVERS[name]
     folder = context.shared_dir / "receivers" / name
     if not (folder / "eval_results.json").exists():
-        tokenizer = context.shared_dir / "tokenizers" / name
-        if not (tokenizer / "tokenizer.json").exists():
-            words = ["--data", books()["data"], "--vocab_size", str(vocabulary), "--output_dir", str(tokenizer)]
-            subprocess.run([sys.executable, str(ROOT / "scripts" / "train_tokenizer.py"), *words], check=True)
+        tokenizer = tokenizer_folder(context, name)
         context.say(f"receiver {name}")
         flags = {
             **books(),
             "tokenizer": tokenizer,
-            "architecture": architecture,
+            "architecture": RECEIVERS[name][0],
             "block_size": 256,
             "max_train_tokens": 4 * 10**6,
             "max_eval_tokens": 2**16,
@@ -109,6 +117,7 @@ def wire_folder(context: Context, name: str, receivers: Sequence[str], **flags: 
         context.say(f"wire {name}")
         defaults = {
             "receivers": places,
+            "bos": "yes",
             "dataset": "text",
             "data": books()["data"],
             "context_tokens": CONTEXT_TOKENS,
@@ -298,7 +307,7 @@ def random_receivers(tokenizer: PreTrainedTokenizerBase) -> dict[str, Receiver]:
 def replay(context: Context) -> Measured:
     """The context's own embeddings in the place of latents, beside the text as ids."""
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(receiver_folder(context, "llama"))
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(context, "llama"))
     examples = held_out(tokenizer, 8, context_tokens=CONTEXT_TOKENS, answer_tokens=ANSWER_TOKENS)
     texts = [[getattr(x, part) for x in examples] for part in ("context", "prompt")] + [
         [x.answers[0] for x in examples]
@@ -328,7 +337,7 @@ def prefill(context: Context, length: int = 2048, repeats: int = 3) -> Measured:
     model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=12, max_position_embeddings=4096)).eval()
     encoder = LlamaConfig(**sizes, num_hidden_layers=2, max_position_embeddings=4096).to_dict()
     wire = LatentForgeWire(LatentForgeWireConfig(encoder_config=encoder, ratio=RATIO, latent_size=256)).eval()
-    tokenizer = AutoTokenizer.from_pretrained(receiver_folder(context, "llama"))
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(context, "llama"))
     wire.add_receiver("llama", Receiver(model, tokenizer))
     ids = torch.randint(3, vocabulary, (1, length))
     mask = torch.ones_like(ids)
