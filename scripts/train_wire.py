@@ -77,7 +77,7 @@ class WireArguments:
     )
     latent_len: int | None = field(default=None, metadata={"help": "Latents of every message (learned queries)."})
     ratio: int | None = field(default=None, metadata={"help": "Or tokens per latent. Default: 4."})
-    pooling: Literal["ratio", "queries", "patches"] | None = field(
+    pooling: Literal["ratio", "queries", "mean", "patches"] | None = field(
         default=None, metadata={"help": "Default: queries with latent_len, else ratio."}
     )
     latent_size: int | None = field(default=None, metadata={"help": "Numbers of a latent. Default: 256."})
