@@ -8,6 +8,14 @@ from .configuration_wire import LatentForgeWireConfig
 
 
 POOLINGS = ("mean", "queries")  # those that make as many ideas of every text
+SEED = {
+    "num_ideas": 1,
+    "latent_size": 256,
+    "compression_hidden": 512,
+    "middle_hidden": 512,
+    "middle_layers": 3,
+    "prefix_len": 10,
+}
 
 
 @strict
@@ -49,15 +57,7 @@ class LatentForgeIdeaConfig(LatentForgeWireConfig):
     def seed(cls, **kwargs: Any) -> "LatentForgeIdeaConfig":
         """The shapes of the first Latent-Space Reasoning Model: one idea of 256 numbers from ModernBERT-base by
         768-512-256, a middle model of 256-512-512-256, ten vectors for GPT-2."""
-        shapes = {
-            "num_ideas": 1,
-            "latent_size": 256,
-            "compression_hidden": 512,
-            "middle_hidden": 512,
-            "middle_layers": 3,
-            "prefix_len": 10,
-        }
-        return cls(**{**shapes, **kwargs})
+        return cls(**{**SEED, **kwargs})
 
     def validate_idea(self):
         if self.pooling not in POOLINGS:

@@ -143,9 +143,7 @@ class LatentEncoder(nn.Module):
         present = torch.arange(queries.shape[1], device=states.device) < counts[:, None]
         return queries, present
 
-    def _means(
-        self, states: torch.Tensor, lengths: torch.Tensor, count: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _means(self, states: torch.Tensor, lengths: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of `count` equal parts, whose borders share a token where the length does not divide: a text of fewer tokens
         has as many latents as any other."""
         number = torch.arange(count, device=states.device)

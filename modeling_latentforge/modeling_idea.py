@@ -170,7 +170,9 @@ class LatentForgeIdea(LatentForgeWire):
         sizes = (self.config.num_latents, self.config.latent_size)
         known = ideas.shape[-2:] == sizes or (sizes[0] == 1 and ideas.shape == sizes[1:])
         if ideas.ndim > 3 or not known:
-            raise ValueError(f"Ideas have the shape {tuple(ideas.shape)}, this model's are (B, {sizes[0]}, {sizes[1]}).")
+            raise ValueError(
+                f"Ideas have the shape {tuple(ideas.shape)}, this model's are (B, {sizes[0]}, {sizes[1]})."
+            )
         return ideas.to(self.device, self.dtype).reshape(-1, *sizes)
 
     @torch.no_grad()
@@ -186,7 +188,9 @@ class LatentForgeIdea(LatentForgeWire):
         names = list(self.receivers)
         if receiver is None and len(names) > 1:
             raise ValueError(f"There are several receivers, {', '.join(names)}: say which one reads.")
-        return receiver or (names[0] if names else next(iter(self.bridges), "none"))
+        name = receiver or (names[0] if names else next(iter(self.bridges), "none"))
+        self.receiver(name)  # says what is attached
+        return name
 
     @torch.no_grad()
     def read(
