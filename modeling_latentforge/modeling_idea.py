@@ -247,8 +247,8 @@ class LatentForgeIdea(LatentForgeWire):
         **options: Any,
     ) -> str:
         """The text between two: alpha 0 gives the first's text and 1 the second's; see [`interpolate`]."""
-        vectors = [self.get_latent_vector(text, steps) for text in (first, second)]
-        return self.read(interpolate(*vectors, alpha, kind), **options)[0]
+        ends = self.get_latent_vector(first, steps), self.get_latent_vector(second, steps)
+        return self.read(interpolate(ends[0], ends[1], alpha, kind), **options)[0]
 
 
 __all__ = ["LatentForgeIdea", "LatentForgeIdeaOutput", "Receiver", "Template", "interpolate"]

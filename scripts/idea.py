@@ -9,14 +9,14 @@
         --temperature 0.7 --top-p 0.9
 
 Training takes every flag of transformers' `TrainingArguments`. It writes the model without its receiver to
-`--output_dir`, with `eval_results.json`, `trainer_state.json` (the log), `samples.jsonl` (held-out texts, what was said
-of them after every step of thinking) and `README.md` (its card). Data sets are those of `trainers.tasks`: samsum,
+`--output_dir`, with `eval_results.json`, `trainer_state.json` (the log), `samples.jsonl` (held-out texts and what was
+said of them after every step of thinking) and `README.md` (its card). Data sets are those of `trainers.tasks`: samsum,
 dialogsum, reasoning (GSM8K with its steps), text and files of one's own among them.
 """
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -227,7 +227,7 @@ def train(args: IdeaArguments, data_args: Any, training_args: Any) -> dict[str, 
 # -- from the keyboard
 
 
-def session(idea: Any, args: IdeaArguments, ask: Callable[[str], str] = input) -> None:
+def session(idea: Any, args: IdeaArguments) -> None:
     """Answer texts until `exit` or the end of the input.
 
     `interp` asks for two texts and says what lies between them, `interp slerp` the same on the arc; `steps` asks for a
@@ -237,17 +237,17 @@ def session(idea: Any, args: IdeaArguments, ask: Callable[[str], str] = input) -
     options = args.generation_options()
     while True:
         try:
-            line = ask("> ").strip()
+            line = input("> ").strip()
             if line == "exit":
                 return
             if line in ("interp", "interp slerp"):
-                texts = [ask("first: "), ask("second: ")]
+                texts = [input("first: "), input("second: ")]
                 for alpha in (0, 0.25, 0.5, 0.75, 1):
                     kind = line.removeprefix("interp").strip() or "linear"
                     said = idea.interpolate_and_generate(*texts, alpha, kind, steps=args.steps, **options)
                     print(f"{alpha:4.2f}  {said}")
             elif line == "steps":
-                for number, ideas in enumerate(idea.think(idea.get_latent_vector(ask("text: "), 0), args.steps)):
+                for number, ideas in enumerate(idea.think(idea.get_latent_vector(input("text: "), 0), args.steps)):
                     print(f"{number:4d}  {idea.read(ideas, **options)[0]}")
             elif line:
                 print(idea.generate(line, steps=args.steps, **options))

@@ -77,7 +77,7 @@ class WireTrainer(LatentTrainer):
     """
 
     args: WireConfig
-    part_names = ("answer", "kd", "gist", "align")
+    part_names: tuple[str, ...] = ("answer", "kd", "gist", "align")
 
     def __init__(self, model: LatentForgeWire, args: WireConfig | None = None, **kwargs: Any):
         if not model.receivers:

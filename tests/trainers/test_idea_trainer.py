@@ -9,6 +9,7 @@ from modeling_latentforge import LatentForgeIdea, LatentForgeIdeaConfig
 from tests.modeling_latentforge.test_idea import ENCODER
 from tests.modeling_latentforge.test_wire import receiver
 from tests.trainers.test_wire_trainer import fingerprint, rooms
+from tests.trainers.test_wire_trainer import reader as trained_reader  # noqa: F401  (a fixture)
 from tests.trainers.training_helpers import tiny_args, train_log
 from trainers import IdeaConfig, IdeaTrainer
 from trainers.losses.answers import answer_loss
@@ -160,10 +161,10 @@ def test_the_best_checkpoint_is_loaded_and_samples_of_every_step_are_kept(reader
 
 
 @pytest.mark.slow
-def test_ideas_come_to_say_their_answers_and_to_stop(reader, tmp_path):
+def test_ideas_come_to_say_their_answers_and_to_stop(trained_reader, tmp_path):  # noqa: F811
     """The first model's targets had no end, and its texts none either."""
-    rows, before = counting(), fingerprint(reader.model)
-    model = idea_of(reader, steps=3)
+    rows, before = counting(), fingerprint(trained_reader.model)
+    model = idea_of(trained_reader, steps=3)
     trainer_of(model, tmp_path, rows, max_steps=300, learning_rate=1e-2, lr_scheduler_type="cosine").train()
     model.eval()
     texts = [row["context"] for row in rows]
@@ -172,7 +173,7 @@ def test_ideas_come_to_say_their_answers_and_to_stop(reader, tmp_path):
     with torch.no_grad():
         first = model.read(model.encode(texts).thoughts[1], max_new_tokens=24)
     assert sum(text == row["steps"][0] for text, row in zip(first, rows, strict=True)) >= 7, first
-    assert fingerprint(reader.model) == before
+    assert fingerprint(trained_reader.model) == before
 
 
 def test_wrong_settings_are_told(reader, tmp_path):
