@@ -212,11 +212,11 @@ def train(args: IdeaArguments, data_args: Any, training_args: Any) -> dict[str, 
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
     trainer.save_state()
-    learned_from = [args.encoder or ENCODER, args.receiver or str(idea.config.receiver)]
+    base, reader = args.checkpoint or args.encoder or ENCODER, args.receiver or idea.config.receiver
     trainer.create_model_card(
-        finetuned_from=None if args.checkpoint else learned_from[0],
+        finetuned_from=None if args.checkpoint else base,
         dataset=data_args.describe(),
-        license=license_of_all(learned_from),
+        license=license_of_all([base, str(reader)]),
     )
     if trainer.is_world_process_zero():
         print("held-out:", {name: round(value, 6) for name, value in metrics.items() if name.startswith("eval_")})
