@@ -1,5 +1,6 @@
 """Examples of a wire's training and evaluation, from one or several data sets."""
 
+import logging
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -7,6 +8,8 @@ from modeling_latentforge import LatentForgeWire
 
 from .tasks import TASKS, Example, TextCut, draw_examples, has_split, hold_out, load_task
 
+
+logger = logging.getLogger(__name__)
 
 OTHER_NAMES = {"hotpot": "hotpotqa"}
 HUB = "hub"  # as a source: the task's own data set
@@ -142,7 +145,12 @@ def readable(wire: LatentForgeWire, examples: list[Example]) -> list[Example]:
 
     kept = [example for example in examples if length(example.context) <= limit]
     if len(kept) < len(examples):
-        print(f"{len(examples) - len(kept)} of {len(examples)} examples are longer than the encoder's {limit} places.")
+        logger.warning(
+            "%d of %d examples are longer than the encoder's %d places, and left out",
+            len(examples) - len(kept),
+            len(examples),
+            limit,
+        )
     if not kept:
         raise ValueError(f"No text is as short as the encoder's {limit} places: raise encoder_positions, or cut them.")
     return kept
