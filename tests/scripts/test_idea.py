@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,20 @@ def test_the_seeds_recipe_and_flags_are_taken(tmp_path):
     header = recipe.read_text(encoding="utf-8").splitlines()[:2]
     assert "not measured here" in " ".join(line.lstrip("# ") for line in header)
     assert yaml.safe_load(recipe.read_text(encoding="utf-8"))["epochs"] == 5
+
+
+def test_the_readmes_commands_and_python_run(room, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """The first thing that anybody tries."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Idea\n")[1].split("\n## ")[0]
+    commands = re.findall(r"^\.venv/bin/python scripts/idea\.py (.*)$", text, re.MULTILINE)
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "teacher").symlink_to(room / "llama")
+    monkeypatch.chdir(tmp_path)
+    short = "--max-train-samples 8 --sample_outputs 0".split()
+    idea.main([*shlex.split(commands[0]), *RUN.split(), *short, "--batch-size", "4"])
+    said = idea.main([*shlex.split(commands[1]), "--max-length", "4", "--device", "cpu"])["text"]
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1), {})
+    assert len(commands) == 2 and said in capsys.readouterr().out
 
 
 def test_wrong_flags_are_told(trained, room, tmp_path, capsys):  # noqa: F811
