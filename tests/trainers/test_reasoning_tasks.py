@@ -37,8 +37,8 @@ def test_made_up_problems_are_the_same_everywhere_and_in_one_split_only():
     assert splits["train"] != [row["question"] for row in arithmetic_problems("train", 200, seed=1)]
     assert len(set(splits["train"]) | set(splits["test"])) == 400
     assert splits["train"][0] == (
-        "Ben has 9 eggs. Ben sells 4. A machine makes 4 of each. Ben keeps one of 2 equal parts. A friend brings 17 eggs. "
-        "The eggs are shared by 3, and Ben keeps one share. How many eggs does Ben have now?"
+        "Ben has 9 eggs. Ben sells 4. A machine makes 4 of each. Ben keeps one of 2 equal parts. A friend brings "
+        "17 eggs. The eggs are shared by 3, and Ben keeps one share. How many eggs does Ben have now?"
     )
     loaded = load_task("reasoning", "validation", "builtin:arithmetic", 5)
     assert len(loaded) == 5 and all(example.steps for example in loaded)
