@@ -106,7 +106,7 @@ class LatentForgeConfig(PreTrainedConfig):
             1: no mixing, a factor per channel only.
         decoder_memory: `none`, or `patches`: one decoder layer also attends to all conditions up to its own patch's.
         decoder_lookup: longest ending of the text (1, 2, 4, .. tokens up to this) that is looked up in the text before
-            it: the decoder reads which token followed there last. 0: none.
+            it: the decoder reads which token followed there last. 0: none; at most 64.
         embedding_multiplier: what a token's embedding is multiplied by before it enters its patch: small weights under
             AdamW learn faster (measured, docs/experiments.md). Default 16, or 1 for a backbone that multiplies its
             inputs itself (Granite). `from_teacher` takes 1: the teacher's embeddings have their size.
@@ -222,8 +222,8 @@ class LatentForgeConfig(PreTrainedConfig):
                 )
             if self.decoder_conv_size < 1:
                 raise ValueError(f"`decoder_conv_size` must be at least 1 (no mixing), got {self.decoder_conv_size}.")
-            if self.decoder_lookup < 0:
-                raise ValueError(f"`decoder_lookup` must be at least 0 (no lookup), got {self.decoder_lookup}.")
+            if not 0 <= self.decoder_lookup <= 64:
+                raise ValueError(f"`decoder_lookup` must lie in 0 (no lookup) to 64, got {self.decoder_lookup}.")
             if self.tie_word_embeddings and self.decoder_output_size != self.decoder_hidden_size:
                 raise ValueError(
                     f"`tie_word_embeddings` needs `decoder_output_size` ({self.decoder_output_size}) equal to "

@@ -83,6 +83,8 @@ class CompleteCheckpointMixin:
 
     # of a class that is one part of a checkpoint: how the names of the others' weights begin
     _beside_me: tuple[str, ...] = ()
+    # how the names of weights begin that came later, and what loads a checkpoint from before
+    _came_later: tuple[str, str] = ("", "")
     # what a `quantization_config` leaves as it is where it names nothing itself: first parts of modules' names
     _keep_unquantized: tuple[str, ...] = ()
 
@@ -112,6 +114,9 @@ class CompleteCheckpointMixin:
             raise
         missing = sorted(info["missing_keys"])
         if missing:
+            prefix, remedy = cls._came_later
+            if prefix and all(key.startswith(prefix) for key in missing):
+                raise ValueError(f"{name} lacks the weights {prefix}*, it is from before there were any: {remedy}.")
             raise ValueError(
                 f"{name} is no complete {cls.__name__}: "
                 f"{len(missing)} of its weights are missing, {', '.join(missing[:3])} first. It is another model's "

@@ -37,12 +37,7 @@ from .modeling_autoencoder import (
     project_few,
 )
 from .modeling_latent_heads import HEADS
-from .modeling_patch_decoder import (
-    LatentForgePatchDecoder,
-    LatentForgeShortConvolution,
-    LatentForgeTokenLookup,
-    compact,
-)
+from .modeling_patch_decoder import LatentForgePatchDecoder, LatentForgeShortConvolution, compact
 from .modeling_token_loss import SparseTargets, TokenLoss, token_loss
 from .token_lookup import begin_history, extend_history
 
@@ -130,6 +125,7 @@ class LatentForgePreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _came_later = ("decoder.lookup.", "pass `decoder_lookup=0` to `from_pretrained`, or set it in config.json")
     # fewer bits are for the backbone, where most weights are: token losses read the output matrix as it is, and the
     # codec is one for all students
     _keep_unquantized = (
@@ -150,9 +146,6 @@ class LatentForgePreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
         elif isinstance(module, LatentForgeShortConvolution):
             bound = module.size**-0.5 if module.size > 1 else 0.0
             init.uniform_(module.weight, -bound, bound)
-        elif isinstance(module, LatentForgeTokenLookup):
-            init.constant_(module.gate.weight, 0.3)
-            init.zeros_(module.gate.weight[0])
         elif isinstance(module, LatentForgeModel):
             init.normal_(module.start, std=std)
 

@@ -102,7 +102,7 @@ class LatentForgeShortConvolution(nn.Module):
 class LatentForgeTokenLookup(nn.Module):
     """What [`find_continuations`] found -> what a token adds to its embedding.
 
-    An induction head without its attention: worth more than any other part of the context at small budgets
+    An induction head without its attention, and the part of the context that pays most at small budgets
     (docs/experiments.md).
     """
 

@@ -39,10 +39,12 @@ def find_continuations(
 
     Returns:
         `(B, T)` ids of what followed, and `(B, T)` levels: the place in `sizes`, from 1 on, of the longest ending that
-        stood there before; 0 where nothing did, whatever the id.
+        stood there before. Both 0 where nothing did.
 
-    Time grows with T log T: endings are compared by a hash of 64 bits.
+    Time grows with T log T: endings are compared by a hash of 64 bits, which a text can be built to fool, but only
+    where they are hundreds of tokens long.
     """
+    ids = ids.long()
     places = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
     known = ids if mask is None else torch.where(mask, ids, MISSING - 1 - places)
     found, levels = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -58,7 +60,8 @@ def find_continuations(
         levels = levels.masked_fill(seen, level)
         found = torch.where(seen, before + 1, found)
     following = known.gather(1, found)
-    return following.clamp(min=0), levels.masked_fill(following < 0, 0)
+    levels = levels.masked_fill(following < 0, 0)
+    return following.masked_fill(levels == 0, 0), levels
 
 
 def begin_history(
@@ -72,17 +75,17 @@ def begin_history(
 
     Returns:
         the rows, newest token first, `(B, P)`, P the largest length; and how many tokens up to each place, it
-        included, are the row's last ones `(B, P)`, up to the largest size, 0 for the newest itself.
+        included, are the row's last ones `(B, P)`, at most the largest size, 0 for the newest itself.
     """
     longest = max(lengths)
-    known = ids if mask is None else ids.masked_fill(~mask, MISSING)
+    known = (ids if mask is None else ids.masked_fill(~mask, MISSING)).int()
     if min(lengths) == longest:
         history = known[:, :longest].flip(1)
     else:
         places = torch.tensor(lengths, device=ids.device)[:, None] - 1 - torch.arange(longest, device=ids.device)
         history = known.gather(1, places.clamp(min=0)).masked_fill(places < 0, MISSING)
-    runs = torch.zeros_like(history)
-    alive = history == history  # what has ended as the row does, so far
+    runs = torch.zeros_like(history, dtype=torch.int8)
+    alive = torch.ones_like(history, dtype=torch.bool)  # what has ended as the row does, so far
     alive[:, 0] = False
     for back in range(min(max(sizes, default=0), longest)):
         last = history[:, back, None]
@@ -101,12 +104,15 @@ def extend_history(
         history and runs `(B, P + 1)`, and what followed the row's ending before, `(B,)` ids and levels as in
         [`find_continuations`].
     """
-    matching = last = token[:, None]
+    matching = last = token[:, None].int()
     if mask is not None:
         last, matching = last.masked_fill(~mask[:, None], MISSING), last.masked_fill(~mask[:, None], MISSING - 1)
-    runs = (torch.nn.functional.pad(runs[:, 1:], (0, 1)) + 1) * (history == matching)
-    # how many sizes fit, and the latest place where that many do: `max` names the first
-    levels, place = torch.bucketize(runs, runs.new_tensor(sizes), right=True).max(1)
+    runs = (torch.nn.functional.pad(runs[:, 1:], (0, 1)) + 1).clamp_(max=sizes[-1]) * (history == matching)
+    # sizes are powers of two: a run's number of bits says how many of them fit
+    levels = torch.frexp(runs.amax(1).float()).exponent.long()
+    # the latest place where that many do: `argmax` names the first
+    place = (runs >= ((1 << levels) >> 1)[:, None]).byte().argmax(1)
     history = torch.cat([last, history], dim=1)
-    following = history.gather(1, place[:, None])[:, 0]
-    return history, torch.nn.functional.pad(runs, (1, 0)), following.clamp(min=0), levels.masked_fill(following < 0, 0)
+    following = history.gather(1, place[:, None])[:, 0].long()
+    levels = levels.masked_fill(following < 0, 0)
+    return history, torch.nn.functional.pad(runs, (1, 0)), following.masked_fill(levels == 0, 0), levels

@@ -20,10 +20,8 @@ from modeling_latentforge.token_lookup import MISSING, begin_history, extend_his
 
 
 PLACES_STEP = 32  # places are added by so many: growing copies everything
-GROWING = {
-    "history": MISSING,
-    "runs": 0,
-}  # of `token_lookup`, a column a token, newest first; what stands behind shorter rows
+# of `token_lookup`, a column a token, newest first; what stands behind shorter rows
+GROWING = {"history": MISSING, "runs": 0}
 
 
 def room_for(rows: int, places: int) -> tuple[int, int]:

@@ -1,8 +1,11 @@
 """What followed the last time: the same for whole rows, token by token, and by the definition."""
 
+import json
+
 import pytest
 import torch
 
+from modeling_latentforge import LatentForgeForCausalLM
 from modeling_latentforge.token_lookup import begin_history, ending_sizes, extend_history, find_continuations
 
 from ..conftest import tiny_student
@@ -26,7 +29,7 @@ def by_definition(row: list[int], known: list[bool], sizes: tuple[int, ...]) -> 
     return found
 
 
-@pytest.mark.parametrize("longest", [1, 4, 16])
+@pytest.mark.parametrize("longest", [1, 4, 16, 64])
 def test_whole_rows_are_looked_up_as_defined(longest):
     """A hash that confuses endings, or looks at the token it is to predict, would make held-out figures too good."""
     torch.manual_seed(0)
@@ -39,7 +42,7 @@ def test_whole_rows_are_looked_up_as_defined(longest):
     for row in range(len(ids)):
         expected = by_definition(ids[row].tolist(), mask[row].tolist(), sizes)
         assert list(zip((found[row] * (levels[row] > 0)).tolist(), levels[row].tolist(), strict=True)) == expected
-    assert int(levels[0, 45]) == len(sizes)
+    assert int(levels[0, 45]) == min(len(sizes), 5)
 
 
 def test_token_by_token_finds_what_whole_rows_find():
@@ -67,6 +70,29 @@ def test_a_later_token_changes_nothing_before_it():
     changed[:, 25:] = 9
     for one, other in zip(*(find_continuations(x, None, ending_sizes(8)) for x in (ids, changed)), strict=True):
         assert torch.equal(one[:, :25], other[:, :25])
+
+
+def test_a_checkpoint_from_before_says_how_it_is_loaded(tmp_path):
+    """Otherwise whoever has one hears of missing weights only."""
+    student = tiny_student(decoder_lookup=0).eval()
+    student.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["decoder_lookup"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="decoder_lookup=0"):
+        LatentForgeForCausalLM.from_pretrained(tmp_path)
+    ids = torch.arange(12)[None]
+    loaded = LatentForgeForCausalLM.from_pretrained(tmp_path, decoder_lookup=0)
+    assert torch.equal(loaded(ids).logits, student(ids).logits)
+
+
+def test_ids_of_any_integer_type_are_looked_up_alike():
+    """Arrow and numpy hand out int32."""
+    torch.manual_seed(0)
+    student, ids = tiny_student().eval(), torch.randint(9, (2, 24))
+    assert torch.equal(student(ids.int()).logits, student(ids).logits)
+    found = [begin_history(x, None, [24, 24], ending_sizes(16)) for x in (ids, ids.int())]
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_lookup_teaches_a_decoder_to_repeat_what_lies_beyond_its_window():

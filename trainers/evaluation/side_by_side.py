@@ -212,21 +212,14 @@ class SideBySide:
 
     def name(self, run: Run) -> str:
         """Short name of a run, unique to everything that shapes it."""
-        return f"{run.kind}-{_hash(self._portable(run))}"
+        return f"{run.kind}-{_hash(_naming(self._portable(run)))}"
 
     def _portable(self, run: Run) -> dict[str, Any]:
         codec = run.autoencoder and Path(run.autoencoder).name  # it lies in `work_dir`
         # what a run leaves open is part of what it was: a new default makes a new run
         defaults = GRANITE if run.kind == "token_lm" else STUDENT_DEFAULTS
         teacher = run.teacher and self._portable(run.teacher)
-        student = {**defaults, **run.student}
-        portable = asdict(run) | {"autoencoder": codec, "student": student, "teacher": teacher}
-        # runs from before there was a choice keep their names
-        if not run.signal:
-            del portable["signal"]
-        if not student.get("decoder_lookup") or student["decoder_type"] == "parallel":
-            student.pop("decoder_lookup", None)
-        return portable
+        return asdict(run) | {"autoencoder": codec, "student": {**defaults, **run.student}, "teacher": teacher}
 
     def provenance(self) -> str:
         """What a figure made of these runs must say about them, to be put behind it."""
@@ -509,6 +502,16 @@ def training_code() -> str:
     trainers = Path(__file__).parent.parent
     folders = (trainers.parent / "modeling_latentforge", trainers, trainers / "losses", trainers / "teachers")
     return _hash([file.read_text(encoding="utf-8") for folder in folders for file in sorted(folder.glob("*.py"))])
+
+
+def _naming(fields: dict[str, Any]) -> dict[str, Any]:
+    """Of `_portable`, what names a run: those from before there was a choice keep their names."""
+    fields = fields | {"student": dict(fields["student"]), "teacher": fields["teacher"] and _naming(fields["teacher"])}
+    if not fields["signal"]:
+        del fields["signal"]
+    if not fields["student"].get("decoder_lookup") or fields["student"].get("decoder_type") == "parallel":
+        fields["student"].pop("decoder_lookup", None)
+    return fields
 
 
 def _without_root(path: str | None) -> str | None:
