@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from modeling_latentforge import LatentForgeIdea, LatentForgeIdeaConfig, Receiver
 
@@ -27,6 +27,7 @@ from ..wire_models import byte_tokenizer, load_wire
 from .answers import gsm8k_match, rouge_l, token_f1
 from .paired_statistics import mcnemar, paired_difference
 from .rows_main import books
+from .rows_wire import script
 from .wire_methods import other_contexts
 
 
@@ -37,15 +38,6 @@ MOST_STEPS = 6  # of a made-up problem
 # -- what is trained
 
 
-def run_script(name: str, flags: dict[str, Any], output: Path) -> None:
-    """A script of training, to its end; one that was broken off goes on."""
-    words = [f"--{key}={value}" for key, value in flags.items()]
-    if list(output.glob("checkpoint-*")):
-        words.append("--resume_from_checkpoint=true")
-    words += [f"--output_dir={output}", "--report_to=none", "--seed=0"]
-    subprocess.run([sys.executable, str(ROOT / "scripts" / name), *words], check=True)
-
-
 def receiver_folder(context: Context, name: str, data: str, steps: int) -> Path:
     """A small language model of these texts with a tokenizer of its own; trained once."""
     folder = context.shared_dir / "receivers" / name
@@ -54,6 +46,9 @@ def receiver_folder(context: Context, name: str, data: str, steps: int) -> Path:
         if not (tokenizer / "tokenizer.json").exists():
             words = ["--data", data, "--vocab_size", "4096", "--output_dir", str(tokenizer)]
             subprocess.run([sys.executable, str(ROOT / "scripts" / "train_tokenizer.py"), *words], check=True)
+            known = AutoTokenizer.from_pretrained(tokenizer)
+            known.bos_token = known.eos_token  # where a block of training begins
+            known.save_pretrained(tokenizer)
         context.say(f"receiver {name}")
         flags = {
             "data": data,
@@ -67,7 +62,7 @@ def receiver_folder(context: Context, name: str, data: str, steps: int) -> Path:
             "save_steps": 250,
             "save_total_limit": 1,
         }
-        run_script("train_teacher.py", flags, folder)
+        script("train_teacher.py", flags, folder)
     return folder
 
 
@@ -93,7 +88,7 @@ def idea_of(context: Context, name: str, receiver: Path, **flags: Any) -> Latent
             "save_total_limit": 1,
             "logging_steps": 50,
         }
-        run_script("idea.py", {**defaults, **flags}, folder)
+        script("idea.py", {**defaults, **flags}, folder)
     (reader,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["bridges"]
     idea = load_wire(str(folder), {reader: str(receiver)})
     assert isinstance(idea, LatentForgeIdea)

@@ -27,14 +27,14 @@ def test_what_a_long_row_trains_is_what_the_script_takes(row, tmp_path, monkeypa
         (tmp_path / "_noncommercial" / "dialogsum" / f"{split}.jsonl").write_text(line)
 
     def run(name, flags, output):
-        words = [f"--{key}={value}" for key, value in flags.items()]
+        words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
         parsed = parse_arguments(IdeaArguments, IdeaDataArguments, IdeaAliases, IdeaConfig, argv=words)
         assert name == "idea.py" and parsed[0].steps == flags["steps"] and parsed[3].train_backbone
         raise Trained
 
     monkeypatch.setenv("LATENTFORGE_DATA", str(tmp_path))
     monkeypatch.setattr(rows_idea, "receiver_folder", lambda *args: tmp_path)
-    monkeypatch.setattr(rows_idea, "run_script", run)
+    monkeypatch.setattr(rows_idea, "script", run)
     with pytest.raises(Trained):
         row.measure(Context("idea", row.name, tmp_path / "own", tmp_path / "shared", print))
 
