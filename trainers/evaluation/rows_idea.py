@@ -239,7 +239,13 @@ def interpolation(context: Context, count: int = 32) -> Measured:
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"eos_token": "<|eos|>"})
-    sizes = {"vocab_size": len(tokenizer), "n_embd": 256, "n_layer": 4, "n_head": 4, "initializer_range": 0.2}
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "n_embd": 256,
+        "n_layer": 4,
+        "n_head": 4,
+        "initializer_range": 0.2,
+    }
     sizes |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     encoder = new_encoder_config(None, None)
     idea = LatentForgeIdea(LatentForgeIdeaConfig(encoder_config=encoder, source="bytes", receiver=None)).eval()
