@@ -21,8 +21,9 @@ class LatentForgeWireConfig(PreTrainedConfig):
         encoder_config: any HF model's that gives `last_hidden_state`; default a small ModernBERT.
         source: `tokens` of a tokenizer that is saved beside the model, or UTF-8 `bytes`.
         pooling: `ratio` (a latent for every `ratio` tokens), `queries` (`num_latents` learned ones, of which the first
-            few serve as well) or `patches` (of `ratio` tokens, in order).
-        num_latents: M of `queries`; of the other poolings, the slots that have a size of their own.
+            few serve as well), `mean` (`num_latents` means, of equal parts of the text) or `patches` (of `ratio`
+            tokens, in order).
+        num_latents: M of `queries` and `mean`; of the other poolings, the slots that have a size of their own.
         ratio: tokens per latent.
         latent_size: D.
         num_pooling_layers: blocks in which the latents look at the text.
@@ -43,7 +44,7 @@ class LatentForgeWireConfig(PreTrainedConfig):
 
     encoder_config: dict | PreTrainedConfig | None = None
     source: Literal["tokens", "bytes"] = "tokens"
-    pooling: Literal["ratio", "queries", "patches"] = "ratio"
+    pooling: Literal["ratio", "queries", "mean", "patches"] = "ratio"
     num_latents: int = 32
     ratio: int = 4
     latent_size: int = 256

@@ -3,7 +3,7 @@
 B messages, M latents, D latent size, S slots, H the receiver's hidden size, h its key-value heads, d their size, L its
 layers.
 
-    soft         S = M vectors in the place of token embeddings
+    soft         S = M vectors in the place of token embeddings; or S of them, each made of all latents (`prefix_len`)
     kv           keys and values of S = M places, in every layer (deep prefix)
     pooled_kv    the same of a few places, made of the mean of the latents (coprocessor)
     cross        some layers look at the latents themselves, through gates that begin at 0 (latent adapters)
@@ -114,6 +114,8 @@ class LatentBridge(nn.Module):
         hidden_size: of the MLP; default twice D.
         pooled_slots: of `pooled_kv`.
         static_slots: before the message's.
+        prefix_len: of `soft`: S slots made of all latents together by one linear map; `max_slots` is then their
+            number M, which all messages have. Default: a slot of each latent, by an MLP.
         calibration: of the slots of `soft`: `embed_rms` brings each to the receiver's embedding size, `none` leaves
             them as they are.
         adapter_layers: of `cross`; default every fourth, from the third on.
@@ -134,6 +136,7 @@ class LatentBridge(nn.Module):
         hidden_size: int | None = None,
         pooled_slots: int = 2,
         static_slots: int = 0,
+        prefix_len: int | None = None,
         calibration: str = "embed_rms",
         adapter_layers: tuple[int, ...] | None = None,
         eps: float = 1e-6,
@@ -143,7 +146,10 @@ class LatentBridge(nn.Module):
             raise ValueError(f"A bridge's `mode` must be one of {', '.join(MODES)}, got {mode!r}.")
         if calibration not in CALIBRATIONS:
             raise ValueError(f"`calibration` must be one of {', '.join(CALIBRATIONS)}, got {calibration!r}.")
+        if prefix_len is not None and (mode != "soft" or prefix_len < 1):
+            raise ValueError(f"`prefix_len` ({prefix_len}) is of a soft bridge and at least 1; the mode is {mode!r}.")
         self.shape, self.mode, self.pooled_slots, self.eps = shape, mode, pooled_slots, eps
+        self.prefix_len = prefix_len
         self.is_calibrated = calibration == "embed_rms"
         hidden_size = hidden_size or 2 * latent_size
         self.log_start = math.log(max(shape.embed_rms, 1e-6))
@@ -164,6 +170,11 @@ class LatentBridge(nn.Module):
             )
             return
         self.norm = nn.RMSNorm(latent_size, eps=eps)
+        if prefix_len is not None:
+            self.out = nn.Linear(max_slots * latent_size, prefix_len * shape.hidden_size)
+            if self.is_calibrated:
+                self.log_size = nn.Parameter(torch.full((prefix_len,), self.log_start))
+            return
         self.mlp = nn.Sequential(nn.Linear(latent_size, hidden_size), nn.GELU())
         if mode == "soft":
             self.out = nn.Linear(hidden_size, shape.hidden_size)
@@ -185,7 +196,11 @@ class LatentBridge(nn.Module):
             injection.latents, injection.latent_mask = latents, mask
         elif self.mode == "soft":
             inner = self.norm(latents)
-            slots = self.out(self.mlp(inner)) + self.skip(inner)
+            if self.prefix_len is not None:
+                slots = self.out(inner.flatten(1)).unflatten(1, (self.prefix_len, -1))
+                mask = mask.new_ones(slots.shape[:2])
+            else:
+                slots = self.out(self.mlp(inner)) + self.skip(inner)
             if self.is_calibrated:
                 slots = slots * (slots.float().square().mean(-1, keepdim=True) + self.eps).rsqrt().to(slots.dtype)
                 number = torch.arange(slots.shape[1], device=slots.device).clamp(max=len(self.log_size) - 1)

@@ -5,7 +5,8 @@ B messages, T tokens, C channels of the backbone, M latents, D latent size, G to
     input_ids (B, T) -> any HF backbone (B, T, C) -> M queries, which look at all of them (B, M, C) -> (B, M, D)
 
 Queries are learned (`queries`: a fixed M, of which the first few serve as well), or the means of what lies side by
-side (`ratio`: one for every G tokens; `patches`: their concatenation).
+side (`ratio`: one for every G tokens; `mean`: M equal parts of any text, one part being all of it; `patches`: their
+concatenation).
 """
 
 import torch
@@ -46,8 +47,8 @@ class LatentEncoder(nn.Module):
 
     Args:
         backbone_config: any HF model's that gives `last_hidden_state`.
-        pooling: `queries`, `ratio` or `patches`.
-        num_latents: M of `queries`, at most.
+        pooling: `queries`, `ratio`, `mean` or `patches`.
+        num_latents: M of `queries`, at most, and of `mean`.
         ratio: G of the other two.
         latent_size: D.
         num_pooling_layers: blocks of queries that look at the states.
@@ -85,7 +86,7 @@ class LatentEncoder(nn.Module):
             input_ids: `(B, T)`, padded on the right.
             attention_mask: `(B, T)`.
             num_latents: of each message: the first so many queries, or so many groups of tokens of equal size.
-                Default: all queries; `ratio` tokens a latent.
+                Default: M; of `ratio` as many as make `ratio` tokens a latent.
 
         Returns:
             `(B, M, D)`, zeros where there is none, and `(B, M)`.
@@ -126,6 +127,8 @@ class LatentEncoder(nn.Module):
             padded = nn.functional.pad(states, (0, 0, 0, -length % self.ratio))
             counts = -(-lengths // self.ratio)
             queries = self.from_patch(padded.unflatten(1, (-1, self.ratio)).flatten(2))
+        elif self.pooling == "mean":
+            return self._means(states, lengths, self.num_latents if num_latents is None else num_latents)
         else:
             counts = -(-lengths // self.ratio) if num_latents is None else lengths.clamp(max=num_latents)
             places = torch.arange(length, device=states.device).expand(batch, -1)
@@ -139,3 +142,13 @@ class LatentEncoder(nn.Module):
             queries = (sums / sizes.clamp(min=1)[..., None])[:, :-1]
         present = torch.arange(queries.shape[1], device=states.device) < counts[:, None]
         return queries, present
+
+    def _means(self, states: torch.Tensor, lengths: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of `count` equal parts, whose borders share a token where the length does not divide: a text of fewer tokens
+        has as many latents as any other."""
+        number = torch.arange(count, device=states.device)
+        begin = (number * lengths[:, None] // count)[..., None]  # (B, M, 1)
+        end = -(-(number + 1) * lengths[:, None] // count)[..., None]
+        places = torch.arange(states.shape[1], device=states.device)
+        within = ((places >= begin) & (places < end)).to(states.dtype)  # (B, M, T)
+        return within @ states / within.sum(-1, keepdim=True), lengths.new_ones(len(lengths), count).bool()

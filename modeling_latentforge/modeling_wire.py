@@ -247,12 +247,7 @@ class LatentForgeWire(CompleteCheckpointMixin, PreTrainedModel):
             raise ValueError("There is nothing to read: give `input_ids`, or `texts` and the `receiver` of them.")
         output = LatentForgeWireOutput()
         if input_ids is not None:
-            latents, mask = self.encoder(input_ids, attention_mask, num_latents)
-            for layer in self.refiner:
-                latents = layer(latents, latents, mask[:, None])
-            if quantized:
-                latents = self.quantizer(latents)
-            output.last_hidden_state, output.latent_mask = latents * mask[..., None], mask
+            output = self._encode(input_ids, attention_mask, num_latents, quantized, **kwargs)
         if receiver is not None:
             assert prompts is not None and answers is not None
             if input_ids is not None:
@@ -262,6 +257,21 @@ class LatentForgeWire(CompleteCheckpointMixin, PreTrainedModel):
                 injection = self.receiver(receiver).text_injection(texts)
             output.answer_logits, output.answer_ids = self.ask(receiver, injection, prompts, answers)
         return output
+
+    def _encode(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        num_latents: int | None,
+        quantized: bool,
+        **kwargs: Any,
+    ) -> LatentForgeWireOutput:
+        latents, mask = self.encoder(input_ids, attention_mask, num_latents)
+        for layer in self.refiner:
+            latents = layer(latents, latents, mask[:, None])
+        if quantized:
+            latents = self.quantizer(latents)
+        return LatentForgeWireOutput(latents * mask[..., None], mask)
 
     def encode(self, texts: Sequence[str], num_latents: int | None = None) -> LatentForgeWireOutput:
         """[`forward`] of texts."""

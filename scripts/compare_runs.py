@@ -17,7 +17,7 @@ from typing import Any
 
 
 # what may be compared, as far as it was measured
-METRICS = ("f1", "em", "accuracy", "gsm8k", "token_f1", "nll", "first_token_top1", "first_token_top5")
+METRICS = ("f1", "em", "accuracy", "gsm8k", "token_f1", "rouge_l", "nll", "first_token_top1", "first_token_top5")
 GROUP = ("dataset", "receiver", "method", "latent_len")
 
 

@@ -142,7 +142,7 @@ def check_folder(folder: Path) -> Checked:
     check_complete(folder, config, shapes)
     code = remote_code(folder, fields.get("auto_map"))
     beside = sorted({path.name for pattern in BESIDE for path in folder.glob(pattern) if path.is_file()})
-    auto_class = "AutoModel" if model_type == "latentforge_autoencoder" else "AutoModelForCausalLM"
+    auto_class = "AutoModelForCausalLM" if model_type == "latentforge" else "AutoModel"
     num_parameters = sum(math.prod(shape) for shape in shapes.values())
     return Checked(folder, config, auto_class, ["config.json", *weights, *code, *beside], num_parameters)
 
@@ -192,12 +192,10 @@ def check_complete(folder: Path, config: Any, shapes: dict[str, tuple[int, ...]]
         PushError: weights that are missing, too many or of another shape.
     """
     import torch
+    from transformers import AutoModel
 
-    from modeling_latentforge import LatentForgeAutoencoder, LatentForgeForCausalLM
-
-    model_class = LatentForgeAutoencoder if config.model_type == "latentforge_autoencoder" else LatentForgeForCausalLM
     with torch.device("meta"):  # shapes only
-        model = model_class(config)
+        model = AutoModel.from_config(config)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     missing = sorted(set(expected) - set(shapes) - set(model.all_tied_weights_keys))
     unknown = sorted(set(shapes) - set(expected))

@@ -77,7 +77,7 @@ class WireArguments:
     )
     latent_len: int | None = field(default=None, metadata={"help": "Latents of every message (learned queries)."})
     ratio: int | None = field(default=None, metadata={"help": "Or tokens per latent. Default: 4."})
-    pooling: Literal["ratio", "queries", "patches"] | None = field(
+    pooling: Literal["ratio", "queries", "mean", "patches"] | None = field(
         default=None, metadata={"help": "Default: queries with latent_len, else ratio."}
     )
     latent_size: int | None = field(default=None, metadata={"help": "Numbers of a latent. Default: 256."})
@@ -161,8 +161,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     from trainers.arguments import parse_arguments
     from trainers.command_line import check_writable
+    from trainers.model_card import license_of_all
     from trainers.wire_config import WireConfig
-    from trainers.wire_data import WireDataArguments, load_examples
+    from trainers.wire_data import WireDataArguments, load_examples, readable
     from trainers.wire_flags import TrainingAliases, apply_aliases
     from trainers.wire_models import parse_receivers
     from trainers.wire_trainer import WireTrainer
@@ -263,29 +264,6 @@ def build(args: WireArguments, receivers: dict[str, str]) -> tuple[Any, Path | N
     return wire, folder
 
 
-def readable(wire: Any, examples: list) -> list:
-    """Examples whose context the encoder can read whole.
-
-    Raises:
-        ValueError: none is.
-    """
-    limit = getattr(wire.config.encoder_config, "max_position_embeddings", None)
-    if limit is None:
-        return examples
-
-    def length(text: str) -> int:
-        if wire.config.source == "bytes":
-            return len(text.encode())
-        return len(wire.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    kept = [example for example in examples if length(example.context) <= limit]
-    if len(kept) < len(examples):
-        print(f"{len(examples) - len(kept)} of {len(examples)} examples are longer than the encoder's {limit} places.")
-    if not kept:
-        raise ValueError(f"No text is as short as the encoder's {limit} places: raise encoder_positions, or cut them.")
-    return kept
-
-
 def fit_batch(wire: Any, examples: list, training_args: Any) -> None:
     """Rows per device and accumulation that the free memory allows, for the same number of rows in a step."""
     from trainers.elastic import elastic_plan, free_memory, sequence_bytes, training_bytes
@@ -318,14 +296,6 @@ def keep_adapters(wire: Any, folder: Path, output_dir: str) -> None:
         source, target = folder / ADAPTERS / name, Path(output_dir) / ADAPTERS / name
         if name not in wire.receivers and source.is_dir() and source.resolve() != target.resolve():
             shutil.copytree(source, target, dirs_exist_ok=True)
-
-
-def license_of_all(paths: Sequence[str]) -> str:
-    """The licence that all models name that it learned from, or `unknown`."""
-    from trainers.model_card import license_of
-
-    found = {license_of(path) for path in paths}
-    return found.pop() or "unknown" if len(found) == 1 else "unknown"
 
 
 def show_answers(wire: Any, examples: list, options: dict[str, Any]) -> None:

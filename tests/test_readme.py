@@ -33,6 +33,7 @@ COVERED = {
     ".venv/bin/python scripts/train_wire.py": (
         "tests/scripts/test_train_wire.py::test_the_readmes_commands_and_python_run"
     ),
+    ".venv/bin/python scripts/idea.py": "tests/scripts/test_idea.py::test_the_readmes_commands_and_python_run",
     ".venv/bin/python scripts/build_kd_cache.py": (
         "tests/scripts/test_build_kd_cache.py::test_the_readmes_command_labels_a_data_set"
     ),

@@ -16,6 +16,8 @@ from .arguments import parse_arguments
 from .base_trainer import LatentTrainer, LatentTrainingConfig
 from .callbacks import TeacherCallback
 from .data import DataArguments, PatchCollator, load_blocks, load_texts
+from .idea_config import IdeaConfig
+from .idea_trainer import IdeaCollator, IdeaTrainer
 from .kd_config import KDConfig
 from .kd_trainer import KDTrainer
 from .token_lm import TokenLMConfig, TokenLMTrainer, build_token_lm
@@ -30,6 +32,9 @@ __all__ = [
     "AEConfig",
     "AETrainer",
     "DataArguments",
+    "IdeaCollator",
+    "IdeaConfig",
+    "IdeaTrainer",
     "KDConfig",
     "KDTrainer",
     "LatentTrainer",

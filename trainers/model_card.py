@@ -11,7 +11,7 @@ import json
 import math
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,18 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 # beside `trainers/`, in a clone and in an installation alike: setup.cfg installs the folder as package data
 TEMPLATES = Path(__file__).resolve().parent.parent / "model_cards"
-KINDS = {"latentforge_autoencoder": "autoencoder", "latentforge": "student", "latentforge_wire": "wire"}
-TASKS = {"autoencoder": "feature-extraction", "student": "text-generation", "wire": "feature-extraction"}
+KINDS = {
+    "latentforge_autoencoder": "autoencoder",
+    "latentforge": "student",
+    "latentforge_wire": "wire",
+    "latentforge_idea": "idea",
+}
+TASKS = {
+    "autoencoder": "feature-extraction",
+    "student": "text-generation",
+    "wire": "feature-extraction",
+    "idea": "feature-extraction",
+}
 LICENSE = "mit"
 
 METRICS = {
@@ -46,6 +56,7 @@ METRICS = {
         "kd": "KL divergence from the same receiver that reads the text, nats per token of the answer",
     },
 }
+METRICS["idea"] = METRICS["wire"] | {"steps": "nats per token of the texts of single steps"}
 # what scripts/evaluate_model.py leaves in a model's folder, and where its figures stand in the card
 EVALUATION = "evaluation/evaluation.json"
 WIRE_EVALUATION = "evaluation/wire_evaluation.json"  # of scripts/evaluate_wire.py
@@ -89,10 +100,10 @@ class CardFacts:
 
 
 def fill_card(config: Any, facts: CardFacts) -> ModelCard:
-    """The card of a codec, a student or a wire.
+    """The card of a codec, a student, a wire or an idea model.
 
     Args:
-        config: `LatentForgeAutoencoderConfig`, `LatentForgeConfig` or `LatentForgeWireConfig`.
+        config: of one of these.
 
     Raises:
         ValueError: the configuration of another kind of model.
@@ -156,7 +167,7 @@ def fill_card(config: Any, facts: CardFacts) -> ModelCard:
 
 def _metric_names(kind: str, config: Any) -> dict[str, str]:
     names = dict(METRICS[kind])
-    for receiver in config.bridges if kind == "wire" else ():
+    for receiver in config.bridges if kind in ("wire", "idea") else ():
         names |= {f"{name}_{receiver}": f"{words}, read by {receiver}" for name, words in METRICS[kind].items()}
     return names
 
@@ -427,3 +438,9 @@ def license_of(model: str) -> str | None:
         return ModelCard.load(readme if readme.exists() else model, ignore_metadata_errors=True).data.license
     except Exception:  # no network, no access, metadata that does not parse: a finished run must not end on it
         return None
+
+
+def license_of_all(models: Iterable[str]) -> str:
+    """The licence that all models name that it learned from, or `unknown`."""
+    found = {license_of(model) for model in models}
+    return found.pop() or "unknown" if len(found) == 1 else "unknown"

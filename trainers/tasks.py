@@ -10,6 +10,9 @@
     agnews    article                       what to classify       world | sports | ...         accuracy
     trec      question                      what to classify       ABBR | ENTY | ...            accuracy
     gsm8k     problem                       what to do             solution, ends in "#### n"   gsm8k
+    reasoning problem                       none                   result, its steps beside it  gsm8k
+    samsum    dialogue                      none                   summary                      rouge_l
+    dialogsum dialogue                      none                   summaries                    rouge_l
     text      window of a document          none                   the next window, or itself   token_f1
     custom    the file says                 the file says          the file says                f1
 
@@ -32,6 +35,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from .arithmetic import arithmetic_problems
 from .data import (
     BUILTIN_CORPORA,
     DataArguments,
@@ -54,7 +58,7 @@ SPLIT_NAMES |= {"dev": "validation", "test": "test"}
 SPLIT_SUFFIXES = (".jsonl", ".ndjson", ".txt")  # train.py is code, not a split
 
 HotpotSetting = Literal["distractor", "oracle"]
-Metric = Literal["f1", "accuracy", "gsm8k", "token_f1"]
+Metric = Literal["f1", "accuracy", "gsm8k", "token_f1", "rouge_l"]
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,10 @@ class Example:
         id: unique in its data set and the same on every machine: draws subsets, pairs the results of two methods.
         document: what belongs together, such as the article: a split never parts it.
         labels: the allowed answers of a classification.
+        steps: what a reader thinks on the way to the answer, a text a step; empty where nobody wrote it down.
 
     Raises:
-        ValueError: an empty context, no answer or an empty one, an answer that is no label.
+        ValueError: an empty context, no answer or an empty one, an answer that is no label, an empty step.
     """
 
     context: str
@@ -79,8 +84,11 @@ class Example:
     id: str
     document: str
     labels: tuple[str, ...] | None = None
+    steps: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not all(step.strip() for step in self.steps):
+            raise ValueError(f"a step is empty in {self.steps!r:.60}: take it out")
         if not self.context.strip():
             raise ValueError(f"the context is empty ({self.context!r:.60}): mend the record or take it out")
         if not self.answers or not all(answer.strip() for answer in self.answers):
@@ -256,11 +264,36 @@ def _gsm8k(record: dict[str, Any]) -> Iterator[Example | Skipped]:
     yield Example(question, prompt, (answer,), _id(record), question)
 
 
+_CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K writes one beside each result, for a calculator
+
+
+def _reasoning(record: dict[str, Any]) -> Iterator[Example | Skipped]:
+    """GSM8K's solutions a line a step, and the result as the answer: what is thought is not what is said."""
+    (example,) = (entry for entry in _gsm8k(record) if isinstance(entry, Example))
+    solution, _, result = example.answers[0].partition("####")
+    lines = (_CALCULATION.sub("", line).strip() for line in solution.splitlines())
+    steps = tuple(line for line in lines if line)
+    yield replace(example, prompt="", answers=(result.split("\n")[0].strip(),), steps=steps)
+
+
+def _dialogue(record: dict[str, Any]) -> Iterator[Example | Skipped]:
+    if not (record.get("dialogue") or "").strip():  # the Hub's SAMSum has one
+        yield Skipped("no dialogue")
+        return
+    dialogue, summaries = _text(record, "dialogue").replace("\r\n", "\n"), record.get("summaries")
+    if summaries is None:
+        summaries = [_text(record, "summary")]
+    if not isinstance(summaries, list) or not summaries:
+        raise ValueError(f"field 'summaries' must be a list of texts, got {summaries!r:.60}: mend the line")
+    answers = tuple(dict.fromkeys(_text({"summaries": text}, "summaries") for text in summaries))
+    yield Example(dialogue, "", answers, _id(record), dialogue)
+
+
 def _custom(record: dict[str, Any]) -> Iterator[Example | Skipped]:
     context = string_field(record, "context", "take the task that fits")
     prompt = string_field({"prompt": "", **record}, "prompt", "leave it out")
     lists: dict[str, tuple[str, ...] | None] = {"labels": None}
-    for name in {"answers", "labels"} & record.keys():
+    for name in {"answers", "labels", "steps"} & record.keys():
         values = record[name]
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise ValueError(f"field {name!r} must be a list of strings, got {values!r:.60}: mend the line")
@@ -269,7 +302,7 @@ def _custom(record: dict[str, Any]) -> Iterator[Example | Skipped]:
     if answers is None:
         answers = (string_field(record, "answer", "give it, or a list answers"),)
     document = _text(record, "document") if "document" in record else context
-    yield Example(context, prompt, answers, _id(record), document, lists["labels"])
+    yield Example(context, prompt, answers, _id(record), document, lists["labels"], lists.get("steps") or ())
 
 
 def cut_text(text: str, document: str, cut: TextCut) -> Iterator[Example | Skipped]:
@@ -337,9 +370,11 @@ class Task:
     Args:
         name: as in `TASKS`.
         fields: what a record must hold, for error messages.
-        metric: "f1" (words, SQuAD's normalisation), "accuracy", "gsm8k" (the number after "####") or "token_f1".
+        metric: "f1" (words, SQuAD's normalisation), "accuracy", "gsm8k" (the number after "####", or the last),
+            "token_f1" or "rouge_l".
         entries: a record -> its examples, or why there are none.
         hub_id, config: of the Hub data set; None for a task without one.
+        builtin: a source without a file: its name, and what makes the records of a split.
         splits: our name of a split -> the Hub's.
         labels: the allowed answers of a classification.
     """
@@ -352,6 +387,7 @@ class Task:
     config: str | None = None
     splits: dict[str, str] | None = None
     labels: tuple[str, ...] | None = None
+    builtin: tuple[str, Callable[[str], Iterable[dict[str, Any]]]] | None = None
 
     def parse(self, record: Any, **options: Any) -> list[Example]:
         """The examples of a record; `id` is empty where the record has none.
@@ -389,7 +425,7 @@ def _classify(name: str, hub_id: str, text: str, label: str, splits: Sequence[st
 
 
 # The Hub was out of reach where this was written: ids, configurations, splits and schemas are those of public code and
-# data cards, and none of the seven was downloaded.
+# data cards, and none was downloaded.
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -457,6 +493,32 @@ TASKS: dict[str, Task] = {
             splits={"train": "train", "test": "test"},
         ),
         Task(
+            name="reasoning",
+            fields="question, answer",
+            metric="gsm8k",
+            entries=_reasoning,
+            hub_id="openai/gsm8k",
+            config="main",
+            splits={"train": "train", "test": "test"},
+            builtin=("builtin:arithmetic", arithmetic_problems),
+        ),
+        Task(
+            name="samsum",
+            fields="dialogue, summary",
+            metric="rouge_l",
+            entries=_dialogue,
+            hub_id="knkarthick/samsum",
+            splits={"train": "train", "validation": "validation", "test": "test"},
+        ),
+        Task(
+            name="dialogsum",
+            fields="dialogue, and summary or a list summaries",
+            metric="rouge_l",
+            entries=_dialogue,
+            hub_id="knkarthick/dialogsum",
+            splits={"train": "train", "validation": "validation", "test": "test"},
+        ),
+        Task(
             name="text",
             fields="text",
             metric="token_f1",
@@ -466,7 +528,7 @@ TASKS: dict[str, Task] = {
         ),
         Task(
             name="custom",
-            fields="context, answers or answer, and if they are there prompt, labels, id, document",
+            fields="context, answers or answer, and if they are there prompt, labels, steps, id, document",
             metric="f1",
             entries=_custom,
         ),
@@ -500,7 +562,7 @@ def load_task(
         split: "train", "validation" or "test"; "all" for a file or folder whatever its name. Of another Hub data set
             than the task's own any split it has.
         source: None (the task's Hub data set), a .jsonl file, a folder, or another Hub id. For "text" what
-            `DataArguments.data` takes.
+            `DataArguments.data` takes; for "reasoning" `builtin:arithmetic` too.
         limit: number of examples, drawn without replacement by the hash of `seed` and id: the same on every machine,
             and the smaller subset is part of the larger.
         seed: of that draw.
@@ -547,6 +609,8 @@ def has_split(name: str, split: str, source: str | None = None) -> bool:
     """Whether `load_task` finds this split; of another Hub data set than the task's own, whether the task's has it."""
     task = TASKS[name]
     path = None if source is None else local_path(source)
+    if task.builtin is not None and source == task.builtin[0]:
+        return True
     if path is None:
         return source in BUILTIN_CORPORA or split in (task.splits or {})
     try:
@@ -593,6 +657,9 @@ def _find(
     """(records, whether they are still to be divided)"""
     if source in BUILTIN_CORPORA and task.name == "text":
         return _documents(source, split, None, cut), _needs_division(source, split)
+    if task.builtin is not None and source == task.builtin[0]:
+        made = enumerate(task.builtin[1](split))
+        return (_Record(f"{source}, {split} {number}", f"{split}-{number}", row) for number, row in made), False
     path = None if source is None else local_path(source)
     if path is None:
         hub_id = source or task.hub_id

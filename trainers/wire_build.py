@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from modeling_latentforge import LatentForgeWire, LatentForgeWireConfig
+from modeling_latentforge import LatentForgeWire
 
 
 # ids that a new encoder has no use for: a message is its text alone
@@ -75,17 +75,23 @@ def new_encoder_config(
     return {"model_type": "modernbert", **sizes, **NO_SPECIAL_IDS, **ids}
 
 
-def build_wire(backbone: PreTrainedModel | None, tokenizer: Any, **config: Any) -> LatentForgeWire:
+def build_wire(
+    backbone: PreTrainedModel | None,
+    tokenizer: Any,
+    model_class: type[LatentForgeWire] = LatentForgeWire,
+    **config: Any,
+) -> Any:
     """A wire without receivers.
 
     Args:
         backbone: a pretrained one, whose weights the encoder starts from; None: new weights, of `encoder_config`.
         tokenizer: the encoder's; None: it reads bytes.
-        config: fields of [`LatentForgeWireConfig`].
+        model_class: of the wire, or an idea model's.
+        config: fields of its configuration.
     """
     if backbone is not None:
         config["encoder_config"] = backbone.config.to_dict()
-    wire = LatentForgeWire(LatentForgeWireConfig(source="bytes" if tokenizer is None else "tokens", **config))
+    wire = model_class(model_class.config_class(source="bytes" if tokenizer is None else "tokens", **config))
     if backbone is not None:
         wire.encoder.backbone.load_state_dict(backbone.state_dict())
     if tokenizer is not None:

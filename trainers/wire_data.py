@@ -1,10 +1,15 @@
 """Examples of a wire's training and evaluation, from one or several data sets."""
 
+import logging
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from modeling_latentforge import LatentForgeWire
+
 from .tasks import TASKS, Example, TextCut, draw_examples, has_split, hold_out, load_task
 
+
+logger = logging.getLogger(__name__)
 
 OTHER_NAMES = {"hotpot": "hotpotqa"}
 HUB = "hub"  # as a source: the task's own data set
@@ -69,9 +74,18 @@ class WireDataArguments:
         def words(name: str, place: str | None) -> str:
             if place is None or hub_id(place):
                 return f"{name} (the Hub dataset {place or TASKS[name].hub_id})"
+            if place.startswith("builtin:"):
+                return f"{name} (made up by LatentForge, {place})"
             return f"{name} (from a local copy)"
 
         return ", ".join(words(*source) for source in self.sources())
+
+
+@dataclass
+class IdeaDataArguments(WireDataArguments):
+    """[`WireDataArguments`] of an idea model, whose first data set was of dialogues."""
+
+    dataset: str = field(default="samsum", metadata={"help": f"Data sets, with commas: {', '.join(TASKS)}."})
 
 
 def load_examples(args: WireDataArguments, repeat_prompt: str = "") -> tuple[list[Example], list[Example]]:
@@ -112,3 +126,31 @@ def load_examples(args: WireDataArguments, repeat_prompt: str = "") -> tuple[lis
             train += both[0]
             held_out += both[1]
     return train, held_out
+
+
+def readable(wire: LatentForgeWire, examples: list[Example]) -> list[Example]:
+    """Examples whose context the encoder can read whole.
+
+    Raises:
+        ValueError: none is.
+    """
+    limit = getattr(wire.config.encoder_config, "max_position_embeddings", None)
+    if limit is None:
+        return examples
+
+    def length(text: str) -> int:
+        if wire.config.source == "bytes":
+            return len(text.encode())
+        return len(wire.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    kept = [example for example in examples if length(example.context) <= limit]
+    if len(kept) < len(examples):
+        logger.warning(
+            "%d of %d examples are longer than the encoder's %d places, and left out",
+            len(examples) - len(kept),
+            len(examples),
+            limit,
+        )
+    if not kept:
+        raise ValueError(f"No text is as short as the encoder's {limit} places: raise encoder_positions, or cut them.")
+    return kept

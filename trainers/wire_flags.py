@@ -1,4 +1,5 @@
-"""The flags of the first LatentWire, by its names: each is another word for a field that exists anyway.
+"""The flags of the first LatentWire and the first idea model, by their names: each is another word for a field that
+exists anyway.
 
     use_deep_prefix                  bridge: kv
     use_prefix, prefix_len: 8        static_slots: 8
@@ -60,6 +61,10 @@ ALIASES: dict[str, Alias] = {
     "debug": Alias("debug"),
     "profile_memory": Alias("skip_memory_metrics", False),
     "log_shapes": Alias("diagnose_steps", 1, yields=True),
+    # the idea model's
+    "batch_size": Alias("per_device_train_batch_size"),
+    "epochs": Alias("num_train_epochs"),
+    "max_train_samples": Alias("max_train_examples"),
 }
 
 
@@ -111,7 +116,16 @@ class TrainingAliases(GenerationAliases):
     log_shapes: bool = field(default=False, metadata={"help": "diagnose_steps 1: shapes are in diagnostics.jsonl."})
 
 
-def apply_aliases(aliases: GenerationAliases, *arguments: Any) -> None:
+@dataclass
+class IdeaAliases:
+    """What an idea model is trained with, by the first one's names."""
+
+    batch_size: int | None = field(default=None, metadata={"help": "per_device_train_batch_size."})
+    epochs: float | None = field(default=None, metadata={"help": "num_train_epochs."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "max_train_examples."})
+
+
+def apply_aliases(aliases: GenerationAliases | IdeaAliases, *arguments: Any) -> None:
     """Set the fields that flags stand for, on whichever of `arguments` (dataclasses) has them.
 
     Raises:

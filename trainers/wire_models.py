@@ -149,7 +149,7 @@ def load_encoder(directory: str) -> tuple[LatentForgeWire, Path]:
     Raises:
         ValueError: there is no wire.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     path = Path(model_path("wire", directory))
     if not path.is_dir():
@@ -159,9 +159,9 @@ def load_encoder(directory: str) -> tuple[LatentForgeWire, Path]:
     if not (path / "config.json").exists():
         raise ValueError(f"{directory} holds no model: there is no config.json.")
     model_type = AutoConfig.from_pretrained(path).model_type
-    if model_type != "latentforge_wire":
+    if model_type not in ("latentforge_wire", "latentforge_idea"):
         raise ValueError(f"{directory} holds a {model_type} model, no wire: train one with train_wire.py.")
-    wire = LatentForgeWire.from_pretrained(path)
+    wire: LatentForgeWire = AutoModel.from_pretrained(path)
     if wire.config.source == "tokens":
         wire.attach_tokenizer(AutoTokenizer.from_pretrained(path))
     return wire, path

@@ -4,7 +4,7 @@ import json
 import random
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,14 @@ class WireCollator:
 
 @dataclass(frozen=True)
 class Draw:
-    """What a step does: whom it asks, of how many latents (None: all), or of the text itself."""
+    """What a step does: whom it asks, of how many latents (None: all), or of the text itself; how many tokens of the
+    answers count (None: all), and whether these are the texts again, which no teacher knows better."""
 
     receiver: str
     num_latents: int | None = None
     reads_text: bool = False
+    answer_tokens: int | None = None
+    repeats: bool = False
 
 
 class WireTrainer(LatentTrainer):
@@ -74,7 +77,7 @@ class WireTrainer(LatentTrainer):
     """
 
     args: WireConfig
-    part_names = ("answer", "kd", "gist", "align")
+    part_names: tuple[str, ...] = ("answer", "kd", "gist", "align")
 
     def __init__(self, model: LatentForgeWire, args: WireConfig | None = None, **kwargs: Any):
         if not model.receivers:
@@ -159,11 +162,13 @@ class WireTrainer(LatentTrainer):
         draw = random.Random(f"{args.seed}/{step}")
         wire = self._wire()
         if step < args.text_warmup_steps and step % 2 == 0:
-            return Draw(draw.choice(self._learn_from_text), reads_text=True)
-        name = draw.choice(sorted(wire.receivers))
+            name = draw.choice(self._learn_from_text)
+            return Draw(name, reads_text=True, answer_tokens=args.answer_tokens)
+        found = Draw(draw.choice(sorted(wire.receivers)), answer_tokens=args.answer_tokens)
         if args.min_latents is None:
-            return Draw(name)
-        return Draw(name, draw.randint(min(args.min_latents, wire.config.num_latents), wire.config.num_latents))
+            return found
+        count = draw.randint(min(args.min_latents, wire.config.num_latents), wire.config.num_latents)
+        return replace(found, num_latents=count)
 
     def _wire(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
@@ -177,7 +182,7 @@ class WireTrainer(LatentTrainer):
         wire = self._wire()
         receiver = wire.receiver(draw.receiver)
         set_adapter_dropout(receiver, model.training)
-        for module in (wire.encoder, wire.refiner):
+        for module in (wire.encoder.backbone, wire.encoder, wire.refiner):
             if not any(parameter.requires_grad for parameter in module.parameters()):
                 module.eval()  # a frozen one gives what it will give
         needs_latents = not draw.reads_text or args.align_weight
@@ -189,27 +194,33 @@ class WireTrainer(LatentTrainer):
             prompts=prompts,
             answers=answers,
             texts=contexts if draw.reads_text else None,
+            **self.forward_kwargs(inputs),
         )
         logits, targets = output.answer_logits, output.answer_ids
         found = {
             "text" if draw.reads_text else "answer": answer_loss(
-                logits, targets, args.first_token_weight, args.answer_tokens
+                logits, targets, args.first_token_weight, draw.answer_tokens
             )
         }
         if args.align_weight:
             embeddings = receiver.embed(targets.clamp(min=0))
             found["align"] = align_loss(output.slots, output.slot_mask, embeddings, targets)
-        if args.kd_weight and not draw.reads_text:
+        if args.kd_weight and not draw.reads_text and not draw.repeats:
             with torch.no_grad(), without_adapter(receiver):
                 batch = receiver.compose(receiver.text_injection(contexts), prompts, answers)
                 teacher, _ = receiver.answer_logits(None, batch)
-            found["kd"] = answer_divergence(logits, teacher, targets, args.kd_temperature, args.answer_tokens)
-        if args.gist_weight and not draw.reads_text:
+            found["kd"] = answer_divergence(logits, teacher, targets, args.kd_temperature, draw.answer_tokens)
+        if args.gist_weight and not draw.reads_text and not draw.repeats:
             beginnings = [beginning(receiver.tokenizer, text, args.gist_target_len) for text in contexts]
             words, ids = wire.ask(draw.receiver, output, [args.repeat_prompt] * len(contexts), beginnings)
             found["gist"] = repeat_loss(words, ids, args.gist_target_len)
+        found |= self.more_parts(output, inputs, draw)
         found[FIRST] = first_token_accuracy(logits, targets)
         return found
+
+    def more_parts(self, output: Any, inputs: dict[str, Any], draw: Draw) -> dict[str, torch.Tensor]:
+        """Parts `(B,)` of a model that does more than a wire, from its output."""
+        return {}
 
     def compute_loss(
         self,
@@ -284,7 +295,9 @@ class WireTrainer(LatentTrainer):
         names = sorted(self._wire().receivers)
         with torch.no_grad(), self.compute_loss_context_manager():
             for name in names:
-                for part, values in self.parts(model, inputs, Draw(name)).items():
+                for part, values in self.parts(
+                    model, inputs, Draw(name, answer_tokens=self.args.answer_tokens)
+                ).items():
                     value = float(values[own.to(values.device)].sum())
                     self._eval_sums[f"{part}_{name}"] += value
                     self._eval_sums[part] += value / len(names)

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from modeling_latentforge import LatentForgeWire, LatentForgeWireConfig
+from modeling_latentforge import LatentForgeIdea, LatentForgeIdeaConfig, LatentForgeWire, LatentForgeWireConfig
 from tests.conftest import text_batch, tiny_autoencoder, tiny_student
 
 
@@ -34,6 +34,8 @@ again = AutoModel.from_pretrained({student!r}, trust_remote_code=True)
 assert AutoConfig.from_pretrained({student!r}, trust_remote_code=True).patch_size == 4
 wire = AutoModel.from_pretrained({wire!r}, trust_remote_code=True)
 packets = [packet.to_bytes() for packet in wire.pack(["a text"])]
+idea = AutoModel.from_pretrained({idea!r}, trust_remote_code=True)
+packets.append(idea.get_latent_vector("a text", steps=2))
 torch.save([codec(ids).logits, student(ids).logits, again(ids).logits, student.generate(ids, max_new_tokens=6,
 do_sample=False), packets], {out!r})
 """
@@ -48,10 +50,12 @@ def test_checkpoints_load_where_the_package_is_not_installed(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     wire = LatentForgeWire(LatentForgeWireConfig(encoder_config=sizes, source="bytes", quantizer="fsq")).eval()
     wire.save_pretrained(tmp_path / "wire")
+    idea = LatentForgeIdea(LatentForgeIdeaConfig.seed(encoder_config=sizes, source="bytes")).eval()
+    idea.save_pretrained(tmp_path / "idea")
     torch.save(ids, tmp_path / "ids.pt")
     code = LOAD.format(
         root=root,
-        **{name: str(tmp_path / name) for name in ("codec", "student", "wire")},
+        **{name: str(tmp_path / name) for name in ("codec", "student", "wire", "idea")},
         ids=str(tmp_path / "ids.pt"),
         out=str(tmp_path / "out.pt"),
     )
@@ -66,6 +70,7 @@ def test_checkpoints_load_where_the_package_is_not_installed(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     codec_logits, student_logits, again_logits, generated, packets = torch.load(tmp_path / "out.pt")
+    torch.testing.assert_close(packets.pop(), idea.get_latent_vector("a text", steps=2))
     assert packets == [packet.to_bytes() for packet in wire.pack(["a text"])]
     assert torch.equal(codec_logits, codec(ids).logits)
     assert torch.equal(student_logits, student(ids).logits) and torch.equal(again_logits, student_logits)

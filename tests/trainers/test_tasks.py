@@ -220,6 +220,9 @@ def test_hub_names_are_those_of_the_notes():
         "agnews": ("fancyzhx/ag_news", None),
         "trec": ("SetFit/TREC-QC", None),
         "gsm8k": ("openai/gsm8k", "main"),
+        "reasoning": ("openai/gsm8k", "main"),
+        "samsum": ("knkarthick/samsum", None),
+        "dialogsum": ("knkarthick/dialogsum", None),
         "text": ("roneneldan/TinyStories", None),
         "custom": (None, None),
     }

@@ -41,7 +41,7 @@ from modeling_latentforge.latent_receiver import ComposedBatch, answer_nll
 
 from ..tasks import Example
 from ..wire_lora import without_adapter
-from .answers import exact_match, f1, gsm8k_match, label_accuracy, normalize_answer, token_f1
+from .answers import exact_match, f1, gsm8k_match, label_accuracy, normalize_answer, rouge_l, token_f1
 
 
 METHODS = (
@@ -351,6 +351,7 @@ def answer_quality(metric: str, example: Example, prediction: str, tokenizer: An
         "f1": lambda: f1(prediction, example.answers),
         "accuracy": lambda: label_accuracy(prediction, example.answers[0], example.labels or ()),
         "gsm8k": lambda: gsm8k_match(prediction, example.answers[0]),
+        "rouge_l": lambda: max(rouge_l(prediction, answer) for answer in example.answers),
         "token_f1": lambda: max(token_f1(ids(prediction), ids(answer)) for answer in example.answers),
     }
     return {name: scorers[name]() for name in task_metrics(metric, example)}

@@ -1,0 +1,316 @@
+"""Rows of `make verify TOPIC=idea`: a text as a few vectors, thought about and read out.
+
+No pretrained weights are reachable where this was written: encoders and receivers are small language models trained
+here by `scripts/train_teacher.py`, on novels or on the texts of the row, and every figure says so.
+"""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from modeling_latentforge import LatentForgeIdea, LatentForgeIdeaConfig, Receiver
+
+from ..arithmetic import arithmetic_problems
+from ..tasks import Example, TextCut, load_task
+from ..verification import ROOT, Context, Measured, Row
+from ..wire_build import new_encoder_config
+from ..wire_models import byte_tokenizer, load_wire
+from .answers import gsm8k_match, rouge_l, token_f1
+from .paired_statistics import mcnemar, paired_difference
+from .rows_main import books
+from .rows_wire import script
+from .wire_methods import other_contexts
+
+
+SMALL = "receiver 4 x 256 (Llama, V=4096), trained here; encoder: its first two layers, trained on"
+MOST_STEPS = 6  # of a made-up problem
+
+
+# -- what is trained
+
+
+def receiver_folder(context: Context, name: str, data: str, steps: int) -> Path:
+    """A small language model of these texts with a tokenizer of its own; trained once."""
+    folder = context.shared_dir / "receivers" / name
+    if not (folder / "eval_results.json").exists():
+        tokenizer = context.shared_dir / "tokenizers" / name
+        if not (tokenizer / "tokenizer.json").exists():
+            words = ["--data", data, "--vocab_size", "4096", "--output_dir", str(tokenizer)]
+            subprocess.run([sys.executable, str(ROOT / "scripts" / "train_tokenizer.py"), *words], check=True)
+            known = AutoTokenizer.from_pretrained(tokenizer)
+            known.bos_token = known.eos_token  # where a block of training begins
+            known.save_pretrained(tokenizer)
+        context.say(f"receiver {name}")
+        flags = {
+            "data": data,
+            "tokenizer": tokenizer,
+            "architecture": "llama",
+            "block_size": 256,
+            "max_steps": steps,
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 2e-3,
+            "save_steps": 250,
+            "save_total_limit": 1,
+        }
+        script("train_teacher.py", flags, folder)
+    return folder
+
+
+def idea_of(context: Context, name: str, receiver: Path, **flags: Any) -> LatentForgeIdea:
+    """An idea model, trained once."""
+    folder = context.shared_dir / name
+    if not (folder / "eval_results.json").exists():
+        context.say(f"idea model {name}")
+        defaults = {
+            "mode": "train",
+            "receiver": receiver,
+            "encoder": receiver,
+            "encoder_layers": 2,
+            "pooling_layers": 1,
+            "prefix_len": 16,
+            "train_backbone": "true",
+            "max_eval_examples": 128,
+            "batch_size": 16,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 100,
+            "save_steps": 500,
+            "save_total_limit": 1,
+            "logging_steps": 50,
+        }
+        script("idea.py", {**defaults, **flags}, folder)
+    (reader,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["bridges"]
+    idea = load_wire(str(folder), {reader: str(receiver)})
+    assert isinstance(idea, LatentForgeIdea)
+    return idea
+
+
+def said(idea: LatentForgeIdea, texts: Sequence[str], max_new_tokens: int, steps: int | None = None) -> list[str]:
+    """Greedy, in batches."""
+    found: list[str] = []
+    for start in range(0, len(texts), 32):
+        found += idea.generate_batch(texts[start : start + 32], steps=steps, max_new_tokens=max_new_tokens)
+    return found
+
+
+# -- what is measured
+
+
+def reconstruction(context: Context, count: int = 256) -> Measured:
+    """Windows of 32 tokens through N ideas; thinking is left out."""
+    receiver = receiver_folder(context, "books", books()["data"], 976)
+    found: dict[str, float] = {}
+    for ideas in (8, 1):
+        flags = {"dataset": "text", "data": books()["data"], "text_mode": "reconstruct", "context_tokens": 32}
+        flags |= {"num_ideas": ideas, "steps": 0, "max_steps": 8000, "sample_tokens": 48}
+        idea = idea_of(context, f"reconstruct_{ideas}", receiver, **flags)
+        cut = TextCut("reconstruct", 32, tokenizer=idea.tokenizer)
+        examples = load_task("text", "all", books()["eval_data"], count, text_cut=cut)
+        texts = [example.context for example in examples]
+        tokenizer = next(iter(idea.receivers.values())).tokenizer
+
+        def ids(text: str, tokenizer: Any = tokenizer) -> list[int]:
+            return tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
+
+        scores = [token_f1(ids(ours), ids(text)) for ours, text in zip(said(idea, texts, 48), texts, strict=True)]
+        found[f"{ideas} x 256"] = statistics.mean(scores)
+    figure = ", ".join(f"{name}: {value:.1%}" for name, value in found.items()) + f" token F1, {count} windows"
+    return Measured(figure, found["8 x 256"] >= 0.9, found)
+
+
+def dialogsum() -> Path:
+    root = Path(os.environ.get("LATENTFORGE_DATA", ROOT.parent / "shared" / "data")) / "_noncommercial" / "dialogsum"
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not there: set LATENTFORGE_DATA to the folder that holds it")
+    return root
+
+
+def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def lead_3(dialogue: str) -> str:
+    """Its first three turns, without who says them."""
+    return " ".join(re.sub(r"^#\w+#: ?", "", line) for line in dialogue.splitlines()[:3])
+
+
+def summaries(context: Context, max_new_tokens: int = 64) -> Measured:
+    """Against the same model trained without a dialogue, against another dialogue's vectors, and the first turns."""
+    train = load_task("dialogsum", "train", str(dialogsum()))
+    texts = [{"text": f"{example.context}\n{example.answers[0]}"} for example in train]
+    receiver = receiver_folder(
+        context, "dialogues", str(write_jsonl(context.shared_dir / "dialogues.jsonl", texts)), 976
+    )
+    common = {"num_ideas": 8, "steps": 1, "max_steps": 4000}
+    idea = idea_of(context, "summaries", receiver, dataset="dialogsum", data=dialogsum(), **common)
+    nothing = context.shared_dir / "no_input"
+    for split in ("train", "validation"):
+        examples = load_task("dialogsum", split, str(dialogsum()))
+        rows = [{"context": ".", "answer": x.answers[0], "document": x.document, "id": x.id} for x in examples]
+        write_jsonl(nothing / f"{split}.jsonl", rows)
+    empty = idea_of(context, "summaries_without_input", receiver, dataset="custom", data=nothing, **common)
+    test = load_task("dialogsum", "test", str(dialogsum()))
+    dialogues = [example.context for example in test]
+    written = {
+        "idea": said(idea, dialogues, max_new_tokens),
+        "no input": said(empty, ["."], max_new_tokens) * len(test),
+        "shuffled": said(idea, other_contexts(test, 0), max_new_tokens),
+        "LEAD-3": [lead_3(dialogue) for dialogue in dialogues],
+    }
+    scores = {name: [best_rouge(*pair) for pair in zip(found, test, strict=True)] for name, found in written.items()}
+    against = {name: paired_difference(scores["idea"], scores[name]) for name in written if name != "idea"}
+    figure = "ROUGE-L " + ", ".join(f"{name} {statistics.mean(values):.3f}" for name, values in scores.items())
+    figure += "; " + ", ".join(f"p against {name} {found['p']:.4f}" for name, found in against.items())
+    passed = all(against[name]["difference"] > 0 and against[name]["p"] < 0.01 for name in ("no input", "shuffled"))
+    return Measured(figure, passed, {"against": against, "examples": len(test), "texts": written["idea"][:8]})
+
+
+def best_rouge(text: str, example: Example) -> float:
+    return max(rouge_l(text, answer) for answer in example.answers)
+
+
+def thinking(context: Context, count: int = 1000) -> Measured:
+    """As many steps as the longest chain, each read as its own text, against none; and against the same steps that
+    nobody supervised. The model without steps has a wider compression, for as many trained parameters."""
+    # the receiver knows how such texts read
+    texts = [{"text": f"{row['question']}\n{row['answer']}"} for row in arithmetic_problems("train")]
+    receiver = receiver_folder(
+        context, "arithmetic", str(write_jsonl(context.shared_dir / "arithmetic.jsonl", texts)), 976
+    )
+    common = {"dataset": "reasoning", "data": "builtin:arithmetic", "max_steps": 8000, "sample_tokens": 16}
+    steps = {"steps": MOST_STEPS}
+    models = {
+        "steps": idea_of(context, "thinking", receiver, **steps, **common),
+        "unsupervised": idea_of(context, "thinking_unsupervised", receiver, **steps, steps_weight=0, **common),
+    }
+    width = equal_width(models["steps"])
+    models["none"] = idea_of(context, "no_thinking", receiver, steps=0, compression_hidden=width, **common)
+    trained = {name: trained_parameters(model) for name, model in models.items()}
+    test = load_task("reasoning", "test", "builtin:arithmetic", count)
+    problems = [example.context for example in test]
+    right = {
+        name: [gsm8k_match(*pair) for pair in zip(said(model, problems, 8), (x.answers[0] for x in test), strict=True)]
+        for name, model in models.items()
+    }
+    accuracy = {name: statistics.mean(values) for name, values in right.items()}
+    test_of = {name: mcnemar(right["steps"], right[name]) for name in ("none", "unsupervised")}
+    figure = (
+        f"{MOST_STEPS} steps {accuracy['steps']:.1%}, none {accuracy['none']:.1%} (p {test_of['none']['p']:.4f}), "
+    )
+    figure += f"steps without their texts {accuracy['unsupervised']:.1%}; trained parameters {trained}"
+    by_length = {
+        str(length): {
+            name: statistics.mean(x for x, example in zip(values, test, strict=True) if len(example.steps) == length)
+            for name, values in right.items()
+        }
+        for length in sorted({len(example.steps) for example in test})
+    }
+    passed = accuracy["steps"] - accuracy["none"] >= 0.05 and test_of["none"]["p"] < 0.05
+    return Measured(figure, passed, {"accuracy": accuracy, "tests": test_of, "by_length": by_length})
+
+
+def trained_parameters(idea: LatentForgeIdea) -> int:
+    """Those that anything reads: without steps the middle model is there, and idle."""
+    idle = 0 if idea.config.steps else sum(x.numel() for x in idea.middle.parameters())
+    return sum(x.numel() for x in idea.parameters()) - idle
+
+
+def equal_width(idea: LatentForgeIdea) -> int:
+    """Of a compression that has as many parameters as this model's and its middle model's."""
+    config = idea.config
+    per_unit = config.encoder_config.hidden_size + config.latent_size + 1
+    return config.compression_hidden + round(sum(x.numel() for x in idea.middle.parameters()) / per_unit)
+
+
+def interpolation(context: Context, count: int = 32) -> Measured:
+    """Alpha 0 and 1 against the texts themselves, written alone; random weights, which are as exact as any."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|eos|>"})
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "n_embd": 256,
+        "n_layer": 4,
+        "n_head": 4,
+        "initializer_range": 0.2,
+    }
+    sizes |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
+    encoder = new_encoder_config(None, None)
+    idea = LatentForgeIdea(LatentForgeIdeaConfig(encoder_config=encoder, source="bytes", receiver=None)).eval()
+    idea.add_receiver("gpt2", Receiver(GPT2LMHeadModel(GPT2Config(**sizes)), tokenizer))
+    texts = [record["question"] for record in arithmetic_problems("test", count)]
+    options = {"max_new_tokens": 16}
+    own = [idea.generate(text, **options) for text in texts]
+    wrong = []
+    for first, second in zip(range(count), [*range(1, count), 0], strict=True):
+        for kind in ("linear", "slerp"):
+            for alpha, place in ((0, first), (1, second)):
+                found = idea.interpolate_and_generate(texts[first], texts[second], alpha, kind, **options)
+                if found != own[place]:
+                    wrong.append([first, second, kind, alpha])
+    figure = f"{4 * count - len(wrong)} of {4 * count} ends are the text's own, {len(set(own))} texts that differ"
+    return Measured(figure, not wrong and len(set(own)) > count // 2, {"wrong": wrong})
+
+
+def gate(context: Context) -> Measured:
+    """Shapes, gradients, first target, EOS, frozen backbones: their tests, slow ones too."""
+    files = ["tests/modeling_latentforge/test_idea.py", "tests/trainers/test_idea_trainer.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    return Measured(last, done.returncode == 0, {"output": done.stdout[-4000:]})
+
+
+ROWS = [
+    Row(
+        "gate",
+        "shapes of the first model; gradients, first target token, EOS; backbones unchanged by training",
+        "all tests",
+        gate,
+        setup="tests at tiny size",
+        also=("tests/modeling_latentforge/test_idea.py", "tests/trainers/test_idea_trainer.py"),
+    ),
+    Row(
+        "interpolation",
+        "texts at alpha 0 and 1, linear and slerp",
+        "exactly the endpoints' texts",
+        interpolation,
+        setup="8 x 256, random weights, encoder 2 x 256, GPT-2 of 4 x 256, 32 pairs",
+    ),
+    Row(
+        "reconstruction",
+        "sentences of at most 32 tokens that nobody was trained on, from 8 x 256 (and 1 x 256)",
+        ">= 90 % token F1 at 8 x 256; 1 x 256 reported",
+        reconstruction,
+        long=True,
+        setup=f"{SMALL} novels; 8,000 steps of 16 windows each, 256 windows of other novels, greedy",
+    ),
+    Row(
+        "summaries",
+        "summaries of dialogues against the model without input, other dialogues' vectors and LEAD-3",
+        "ROUGE-L above no input and shuffled, p < .01 each; LEAD-3 reported",
+        summaries,
+        long=True,
+        setup=f"{SMALL} the training dialogues; DialogSum, 4,000 steps of 16, best of the references",
+    ),
+    Row(
+        "thinking",
+        "accuracy on made-up word problems of 3 to 6 steps with 6 steps of thinking against none",
+        ">= 5 points at equal trained parameters, p < .05 (McNemar), or the negative result",
+        thinking,
+        long=True,
+        setup=f"{SMALL} 20,000 such problems; 8,000 steps of 16 each, 1,000 other problems",
+    ),
+]
