@@ -450,7 +450,6 @@ def python_candidates(codec: str) -> list[Candidate]:
         _student(", decoder 1 x 128", 8, 4e-3, decoder_hidden_size=128),
         _student(", backbone 8 x 384", 8, 4e-3, backbone=BIG_BACKBONE, decoder_hidden_size=256),
         _student(", lookup", 8, 4e-3, decoder_lookup=LONGEST),
-        _student(", lookup", 4, 4e-3, decoder_lookup=LONGEST),
         _student("", 4, 4e-3, brier=True),
         Candidate("K=4, regression", named, (Run("student", 4e-3, 0, 4, parallel, {}, None, codec),), True),
         Candidate("K=4, energy", named, (Run("student", 4e-3, 0, 4, energy, energy_weights, None, codec),), True),
