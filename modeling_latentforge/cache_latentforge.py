@@ -29,8 +29,8 @@ class LatentForgeCache(Cache):
         windows: per decoder layer, keys and values `(B, h, <= W - 1, d)`; `window_mask (B, <= W - 1)` or None.
         memory: keys and values `(B, h, C, d)` of the conditions; `memory_mask (B, C)` or None.
         latent_embeds: `(B, 1, E)`, the latent of the patch being written.
-        history, runs: `(B, P)`, the rows' tokens, newest first, and how far they match its end (see `token_lookup`),
-            or None.
+        history, runs: `(B, P)` and `(B, P - 1)`, the rows' tokens, newest first, and how far they match its end (see
+            `token_lookup`), or None.
         patch_logits: `(B, K, V)`, parallel decoders: all logits of the patch being written.
 
     A token cannot be taken out of the fields above, since the last patch may be inside the backbone already. After

@@ -118,7 +118,7 @@ class LatentForgeTokenLookup(nn.Module):
     def forward(self, embeds: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         """Embeddings `(B, T, E)` of the tokens that followed, and levels `(B, T)` -> `(B, T, E)`."""
         found = self.norm(self.projection(embeds).to(self.norm.weight.dtype))
-        return found * self.gate(levels) + self.level(levels)
+        return torch.addcmul(self.level(levels), found, self.gate(levels))
 
 
 class LatentForgeWindowAttention(nn.Module):

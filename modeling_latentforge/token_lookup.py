@@ -74,8 +74,8 @@ def begin_history(
         lengths: how many of them each row holds.
 
     Returns:
-        the rows, newest token first, `(B, P)`, P the largest length; and how many tokens up to each place, it
-        included, are the row's last ones `(B, P)`, at most the largest size, 0 for the newest itself.
+        the rows, newest token first, `(B, P)`, P the largest length; and for each token but the newest, how many up to
+        it, itself included, are the row's last ones `(B, P - 1)`, at most the largest size.
     """
     longest = max(lengths)
     known = (ids if mask is None else ids.masked_fill(~mask, MISSING)).int()
@@ -86,13 +86,12 @@ def begin_history(
         history = known.gather(1, places.clamp(min=0)).masked_fill(places < 0, MISSING)
     runs = torch.zeros_like(history, dtype=torch.int8)
     alive = torch.ones_like(history, dtype=torch.bool)  # what has ended as the row does, so far
-    alive[:, 0] = False
     for back in range(min(max(sizes, default=0), longest)):
         last = history[:, back, None]
         same = (history[:, back:] == last) & (last >= 0)
         alive &= torch.nn.functional.pad(same, (0, back))
         runs += alive
-    return history, runs
+    return history, runs[:, 1:]
 
 
 def extend_history(
@@ -101,18 +100,17 @@ def extend_history(
     """One token `(B,)` of each row.
 
     Returns:
-        history and runs `(B, P + 1)`, and what followed the row's ending before, `(B,)` ids and levels as in
+        history `(B, P + 1)` and runs `(B, P)`, and what followed the row's ending before, `(B,)` ids and levels as in
         [`find_continuations`].
     """
     matching = last = token[:, None].int()
     if mask is not None:
         last, matching = last.masked_fill(~mask[:, None], MISSING), last.masked_fill(~mask[:, None], MISSING - 1)
-    runs = (torch.nn.functional.pad(runs[:, 1:], (0, 1)) + 1).clamp_(max=sizes[-1]) * (history == matching)
-    # sizes are powers of two: a run's number of bits says how many of them fit
-    levels = torch.frexp(runs.amax(1).float()).exponent.long()
-    # the latest place where that many do: `argmax` names the first
-    place = (runs >= ((1 << levels) >> 1)[:, None]).byte().argmax(1)
+    runs = (torch.nn.functional.pad(runs, (0, 1)) + 1) * (history == matching)
+    runs.clamp_(max=sizes[-1])
+    # how many sizes fit, and the latest place where that many do: `max` names the first
+    levels, place = torch.bucketize(runs, runs.new_tensor(sizes), right=True, out_int32=True).max(1)
     history = torch.cat([last, history], dim=1)
     following = history.gather(1, place[:, None])[:, 0].long()
     levels = levels.masked_fill(following < 0, 0)
-    return history, torch.nn.functional.pad(runs, (1, 0)), following.masked_fill(levels == 0, 0), levels
+    return history, runs, following.masked_fill(levels == 0, 0), levels

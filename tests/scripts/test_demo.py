@@ -257,6 +257,7 @@ def test_the_readme_s_commands_and_python_run_on_the_demo_s_folders(
         "hidden_size=256, intermediate_size=768": "hidden_size=32, intermediate_size=64",
     }
     blocks = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    blocks = [block for block in blocks if not re.search("wire|idea", block)]  # their own tests run those
     assert len(blocks) == 2
     for old, new in replacements.items():
         assert any(old in block for block in blocks), f"the README no longer holds {old}"

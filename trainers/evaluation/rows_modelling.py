@@ -99,8 +99,8 @@ def equal_speed(context: Context) -> Measured:
     if best is None:
         return Measured("no student between two token LMs", False, entry)
     return Measured(
-        f"{best['advantage']:+.3f} nats ({best['label']}, {best['tokens_per_second']:.0f} tokens/s, "
-        f"{best['nll']:.3f} nats){corpus.table.provenance()}",
+        f"{best['advantage']:+.3f} nats ({best['label']}, {best['tokens_per_second']:.0f} tokens/s)"
+        f"{corpus.table.provenance()}",
         best["advantage"] >= 0.1,
         entry,
     )
