@@ -53,7 +53,7 @@ def read_records(path: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
     """
     file = Path(path) / "predictions.jsonl" if Path(path).is_dir() else Path(path)
     if not file.exists():
-        raise ValueError(f"{path} holds no evaluation: there is no {file.name}. scripts/evaluate_wire.py writes one.")
+        raise ValueError(f"{path} holds no evaluation: there is no file {file}. scripts/evaluate_wire.py writes one.")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
