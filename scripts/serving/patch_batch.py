@@ -340,9 +340,10 @@ class PatchBatch:
             return order
         index = torch.tensor(order, device=self.num_patches.device)
         self.fixed = {name: x.index_select(0, index) for name, x in self.fixed.items()}
-        for name in GROWING:
-            if name in self.fixed:
-                self.fixed[name] = self.fixed[name][:, : max(self.lengths)]
+        if "history" in self.fixed:
+            longest = max(self.lengths)
+            self.fixed["history"] = self.fixed["history"][:, :longest]
+            self.fixed["runs"] = self.fixed["runs"][:, : longest - 1]  # of all tokens but the newest
         assert self.logits is not None
         self.logits = self.logits.index_select(0, index)
         self.num_patches = self.num_patches.index_select(0, index)
