@@ -261,6 +261,7 @@ class WireEvaluation:
             first = next(examples for (name, _), examples in self.examples.items() if name == dataset)
             for method, receiver, count in timed:
                 latencies.append(self._latency(dataset, first[: settings.latency_examples], method, receiver, count))
+        latencies = [entry for entry in latencies if "refused" not in entry]  # `refused` says why
         report = {"conditions": self._conditions(), "refused": refused, "latency": latencies}
         return report | summarize(records, sizes, self._metric_of(), settings.resamples), records
 

@@ -150,7 +150,15 @@ class Reading:
     def compose(self, prompts: Sequence[str], answers: Sequence[str] | None = None) -> ComposedBatch:
         if self.contexts is not None:
             return self.receiver.compose_text(self.contexts, prompts, answers, self.max_tokens)
-        return self.receiver.compose(self.injection, prompts, answers)
+        try:
+            return self.receiver.compose(self.injection, prompts, answers)
+        except ValueError as error:
+            if self.injection is not None:
+                raise
+            raise Refused(
+                f"without a context a row holds nothing ({error}): train the wire with `--bos yes`, where the "
+                "tokenizer has a BOS token, or with an anchor"
+            ) from error
 
     def reader(self) -> AbstractContextManager[None]:
         """Within, the receiver is the one that reads this."""

@@ -710,3 +710,9 @@ def test_latencies_are_of_one_example_at_a_time():
     found = latency(model, "llama", "latent", EXAMPLES, 4, new_tokens=3)
     assert seen == [1] * 4 and set(found) == {"encode", "prefill", "token"}
     assert isinstance(model.receivers["llama"], Receiver) and all(value > 0 for value in found.values())
+
+
+def test_a_receiver_whose_rows_would_be_empty_is_not_asked_without_a_context():
+    """Plain text, no BOS, no prompt: an error here would throw away what the other methods have measured."""
+    with pytest.raises(Refused, match="--bos yes"):
+        Reading(receiver("llama"), [0]).compose([""])
