@@ -715,4 +715,4 @@ def test_latencies_are_of_one_example_at_a_time():
 def test_a_receiver_whose_rows_would_be_empty_is_not_asked_without_a_context():
     """Plain text, no BOS, no prompt: an error here would throw away what the other methods have measured."""
     with pytest.raises(Refused, match="--bos yes"):
-        Reading(receiver("llama"), [0]).compose([""])
+        Reading(receiver("llama", Template(bos=False)), [0]).compose([""])
