@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from .configuration_autoencoder import LatentForgeAutoencoderConfig, check_fields
+from .token_lookup import LARGEST_ENDING
 
 
 @strict
@@ -222,8 +223,10 @@ class LatentForgeConfig(PreTrainedConfig):
                 )
             if self.decoder_conv_size < 1:
                 raise ValueError(f"`decoder_conv_size` must be at least 1 (no mixing), got {self.decoder_conv_size}.")
-            if not 0 <= self.decoder_lookup <= 64:
-                raise ValueError(f"`decoder_lookup` must lie in 0 (no lookup) to 64, got {self.decoder_lookup}.")
+            if not 0 <= self.decoder_lookup <= LARGEST_ENDING:
+                raise ValueError(
+                    f"`decoder_lookup` must lie in 0 (no lookup) to {LARGEST_ENDING}, got {self.decoder_lookup}."
+                )
             if self.tie_word_embeddings and self.decoder_output_size != self.decoder_hidden_size:
                 raise ValueError(
                     f"`tie_word_embeddings` needs `decoder_output_size` ({self.decoder_output_size}) equal to "

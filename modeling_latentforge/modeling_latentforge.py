@@ -995,9 +995,9 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         embeds = cache.latent_embeds
         if self.decoder.lookup is not None:
             cache.history, cache.runs, ids, levels = extend_history(
-                cache.history, cache.runs, token, mask, self.decoder.lookup.sizes
+                cache.history, cache.runs, token, mask, self.decoder.lookup.boundaries_on(token.device)
             )
-            embeds = embeds + self.decoder.embed_lookup(ids[:, None], levels[:, None])
+            embeds = embeds + self.decoder.step_lookup(ids, levels)
         hidden, cache.recent, cache.windows = self.decoder.step(
             token,
             mask,

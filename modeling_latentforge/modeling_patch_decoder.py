@@ -9,6 +9,9 @@ conditions 0 .. (t + 1) // K, T / K of them. With `decoder_lookup` it also reads
 that the text ended as it does here, wherever that was.
 """
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import nn
 
@@ -18,6 +21,7 @@ from .token_lookup import ending_sizes, find_continuations
 
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
+_LARGEST_TABLE = 2**25  # elements: 128 MiB of fp32
 
 
 def compact(x: torch.Tensor) -> torch.Tensor:
@@ -109,6 +113,7 @@ class LatentForgeTokenLookup(nn.Module):
     def __init__(self, width: int, sizes: tuple[int, ...], eps: float):
         super().__init__()
         self.sizes = sizes
+        self._boundaries: torch.Tensor | None = None
         self.projection = nn.Linear(width, width, bias=False)
         self.norm = nn.RMSNorm(width, eps=eps)
         # by level: a longer ending is the surer guess; nothing found gives 0
@@ -117,8 +122,17 @@ class LatentForgeTokenLookup(nn.Module):
 
     def forward(self, embeds: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         """Embeddings `(B, T, E)` of the tokens that followed, and levels `(B, T)` -> `(B, T, E)`."""
-        found = self.norm(self.projection(embeds).to(self.norm.weight.dtype))
-        return torch.addcmul(self.level(levels), found, self.gate(levels))
+        return torch.addcmul(self.level(levels), self.project(embeds), self.gate(levels))
+
+    def boundaries_on(self, device: torch.device) -> torch.Tensor:
+        """The sizes, for [`extend_history`]."""
+        if self._boundaries is None or self._boundaries.device != device:
+            with torch.inference_mode(False):
+                self._boundaries = torch.tensor(self.sizes, dtype=torch.int8, device=device)
+        return self._boundaries
+
+    def project(self, embeds: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.projection(embeds).to(self.norm.weight.dtype))
 
 
 class LatentForgeWindowAttention(nn.Module):
@@ -196,6 +210,20 @@ class LatentForgePatchDecoderLayer(nn.Module):
         self.mlp = LatentForgeMLPBlock(width, config.decoder_intermediate_size, config.rms_norm_eps)
 
 
+class _LookupTable(NamedTuple):
+    """What [`LatentForgeTokenLookup`] says of every token, for steps that ask for one at a time."""
+
+    tokens: torch.Tensor  # (V, E), projected
+    levels: torch.Tensor  # (L + 1, 2, E): level, gate
+    made_of: tuple[tuple[int, int], ...]  # `_state_of` the weights
+    weights: tuple[torch.Tensor, ...]  # held, so that no other tensor can take their place in memory
+
+
+def _state_of(weights: Sequence[torch.Tensor]) -> tuple[tuple[int, int], ...]:
+    """Another one after each change that torch counts."""
+    return tuple((x.data_ptr(), x._version) for x in weights)
+
+
 class LatentForgePatchDecoder(nn.Module):
     """Token ids, latents and conditions -> vectors `(B, T, decoder_output_size)` that the output matrix turns into
     next-token logits.
@@ -221,6 +249,7 @@ class LatentForgePatchDecoder(nn.Module):
         self.convolution = LatentForgeShortConvolution(width, config.decoder_conv_size)
         sizes = ending_sizes(config.decoder_lookup)
         self.lookup = LatentForgeTokenLookup(width, sizes, config.rms_norm_eps) if sizes else None
+        self._lookup_table: _LookupTable | None = None
         memory_layer = config.num_decoder_layers // 2 if config.decoder_memory == "patches" else None
         self.layers = nn.ModuleList(
             LatentForgePatchDecoderLayer(config, has_memory=i == memory_layer)
@@ -246,6 +275,55 @@ class LatentForgePatchDecoder(nn.Module):
         """What was found for each token, `(B, T)` each -> `(B, T, E)`."""
         assert self.lookup is not None
         return self.lookup(self.embed_tokens(ids), levels)
+
+    def step_lookup(self, ids: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+        """[`embed_lookup`] of one token of each row, `(B,)` each -> `(B, 1, E)`; from a table where one was made."""
+        table = self._table_of_lookup()
+        if table is None:
+            return self.embed_lookup(ids[:, None], levels[:, None])
+        level, gate = table.levels.index_select(0, levels).unbind(1)
+        return torch.addcmul(level, table.tokens.index_select(0, ids), gate)[:, None]
+
+    def _table_of_lookup(self) -> _LookupTable | None:
+        """Made at the first step after a change of the weights. None where gradients are wanted, weights are no plain
+        parameters (LoRA, quantised, offloaded), or the vocabulary is large."""
+        lookup, table = self.lookup, self._lookup_table
+        assert lookup is not None
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        weights = (
+            self.embed_tokens.weight,
+            lookup.projection.weight,
+            lookup.norm.weight,
+            lookup.gate.weight,
+            lookup.level.weight,
+        )
+        if table is not None and table.made_of == _state_of(weights):
+            return table
+        plain = type(self.embed_tokens) is nn.Embedding and type(lookup.projection) is nn.Linear
+        if (
+            not plain
+            or self.embed_tokens.weight.numel() > _LARGEST_TABLE
+            or any(type(x) is not nn.Parameter or x.is_meta or x.is_inference() for x in weights)
+        ):
+            return None
+        device = self.embed_tokens.weight.device.type
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            self._lookup_table = _LookupTable(
+                lookup.project(self.embed_tokens.weight),
+                torch.stack([lookup.level.weight, lookup.gate.weight], dim=1),
+                _state_of(weights),
+                tuple(x.detach() for x in weights),
+            )
+        return self._lookup_table
+
+    def train(self, mode: bool = True) -> "LatentForgePatchDecoder":
+        self._lookup_table = None  # an optimizer may write past the counters that tell a change
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "LatentForgePatchDecoder":
+        self._lookup_table = None
+        return super()._apply(*args, **kwargs)
 
     def embed_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """`(B, C, D)` -> `(B, C, E)`, what every token of the patch adds to its embedding."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 
+LARGEST_ENDING = 64  # runs are counted in int8
 MISSING = -1  # in a history: a masked token, or none yet
 _MULTIPLIER = 6364136223846793005  # odd: a product modulo 2^64 loses nothing (Knuth's MMIX)
 
@@ -95,22 +96,22 @@ def begin_history(
 
 
 def extend_history(
-    history: torch.Tensor, runs: torch.Tensor, token: torch.Tensor, mask: torch.Tensor | None, sizes: tuple[int, ...]
+    history: torch.Tensor, runs: torch.Tensor, token: torch.Tensor, mask: torch.Tensor | None, sizes: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One token `(B,)` of each row.
+    """One token `(B,)` of each row; `sizes` of endings as a tensor of int8 where the rows are, made once.
 
     Returns:
         history `(B, P + 1)` and runs `(B, P)`, and what followed the row's ending before, `(B,)` ids and levels as in
-        [`find_continuations`].
+        [`find_continuations`], but that an id at level 0 means nothing.
     """
     matching = last = token[:, None].int()
     if mask is not None:
         last, matching = last.masked_fill(~mask[:, None], MISSING), last.masked_fill(~mask[:, None], MISSING - 1)
     runs = (torch.nn.functional.pad(runs, (0, 1)) + 1) * (history == matching)
-    runs.clamp_(max=sizes[-1])
+    runs.clamp_(max=LARGEST_ENDING)
     # how many sizes fit, and the latest place where that many do: `max` names the first
-    levels, place = torch.bucketize(runs, runs.new_tensor(sizes), right=True, out_int32=True).max(1)
+    levels, place = torch.bucketize(runs, sizes, right=True, out_int32=True).max(1)
     history = torch.cat([last, history], dim=1)
     following = history.gather(1, place[:, None])[:, 0].long()
-    levels = levels.masked_fill(following < 0, 0)
-    return history, runs, following.masked_fill(levels == 0, 0), levels
+    levels = levels * (following >= 0)
+    return history, runs, following.clamp_(min=0), levels

@@ -406,9 +406,9 @@ class PatchBatch:
         embeds, new = fixed["latent_embeds"], {}
         if decoder.lookup is not None:
             new["history"], new["runs"], ids, levels = extend_history(
-                fixed["history"], fixed["runs"], tokens, None, decoder.lookup.sizes
+                fixed["history"], fixed["runs"], tokens, None, decoder.lookup.boundaries_on(tokens.device)
             )
-            embeds = embeds + decoder.embed_lookup(ids[:, None], levels[:, None])
+            embeds = embeds + decoder.step_lookup(ids, levels)
             for name, x in new.items():
                 fixed[name] = _widened(name, fixed[name], x.shape[1])
         hidden, recent, windows = decoder.step(

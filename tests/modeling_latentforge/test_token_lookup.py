@@ -54,10 +54,11 @@ def test_token_by_token_finds_what_whole_rows_find():
     history, runs = begin_history(ids, mask, lengths, sizes)
     assert history.shape == (6, 33) and runs.shape == (6, 32)
     whole = find_continuations(ids, mask, sizes)
+    boundaries = torch.tensor(sizes, dtype=torch.int8)
     rows = torch.arange(6)
     for step in range(15):
         places = torch.tensor(lengths) + step
-        history, runs, found, levels = extend_history(history, runs, ids[rows, places], mask[rows, places], sizes)
+        history, runs, found, levels = extend_history(history, runs, ids[rows, places], mask[rows, places], boundaries)
         assert torch.equal(levels, whole[1][rows, places])
         assert torch.equal(found[levels > 0], whole[0][rows, places][levels > 0])
 
@@ -113,3 +114,56 @@ def test_lookup_teaches_a_decoder_to_repeat_what_lies_beyond_its_window():
             optimizer.step()
         losses[longest] = float(loss.detach())
     assert losses[4] < 0.2 * losses[0]
+
+
+def add_one(student: LatentForgeForCausalLM) -> None:
+    with torch.no_grad():
+        student.decoder.embed_tokens.weight[:, ::2].add_(1)
+
+
+def load_others(student: LatentForgeForCausalLM) -> None:
+    torch.manual_seed(5)
+    student.load_state_dict(tiny_student(initializer_range=0.5).state_dict())
+
+
+def move_as_deepspeed_does(student: LatentForgeForCausalLM) -> None:
+    student.train()
+    student.decoder.lookup.level.weight.data.mul_(-3)  # no counter of torch tells
+    student.eval()
+
+
+def replace_storage(student: LatentForgeForCausalLM) -> None:
+    weight = student.decoder.lookup.projection.weight
+    weight.data = torch.randn_like(weight)
+
+
+@pytest.mark.parametrize("change", [add_one, load_others, move_as_deepspeed_does, replace_storage])
+def test_steps_see_every_change_of_the_weights(change):
+    """A table of an earlier state would go on writing, and only the text's quality would tell."""
+    torch.manual_seed(0)
+    student = tiny_student(initializer_range=0.5).eval()
+
+    def step() -> torch.Tensor:
+        with torch.no_grad():
+            return student.decoder.step_lookup(torch.tensor([3, 7]), torch.tensor([1, 2]))[:, 0]
+
+    def whole() -> torch.Tensor:
+        with torch.no_grad():
+            return student.decoder.embed_lookup(torch.tensor([[3, 7]]), torch.tensor([[1, 2]]))[0]
+
+    before = step()
+    assert student.decoder._lookup_table is not None
+    torch.testing.assert_close(before, whole())
+    change(student)
+    torch.testing.assert_close(step(), whole())
+    assert not torch.allclose(step(), before)
+    assert student.to(torch.bfloat16) and step().dtype == torch.bfloat16
+
+
+def test_steps_with_gradients_take_no_table():
+    """It is made without them: the loss of a written text would teach the lookup nothing."""
+    student = tiny_student(initializer_range=0.5).eval()
+    with torch.no_grad():
+        student.decoder.step_lookup(torch.tensor([3]), torch.tensor([1]))
+    student.decoder.step_lookup(torch.tensor([3]), torch.tensor([1])).sum().backward()
+    assert student.decoder.lookup.projection.weight.grad is not None

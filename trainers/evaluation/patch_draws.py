@@ -217,9 +217,9 @@ def _draw_autoregressive(model: Any, input_ids: torch.Tensor, num_draws: int) ->
         embeds = latent_embeds
         if decoder.lookup is not None:
             state["history"], state["runs"], found, levels = extend_history(
-                state["history"], state["runs"], drawn.flatten(), None, decoder.lookup.sizes
+                state["history"], state["runs"], drawn.flatten(), None, decoder.lookup.boundaries_on(drawn.device)
             )
-            embeds = embeds + decoder.embed_lookup(found[:, None], levels[:, None])
+            embeds = embeds + decoder.step_lookup(found, levels)
         vectors, state["recent"], state["windows"] = decoder.step(
             drawn.flatten(),
             None,
