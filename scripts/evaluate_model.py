@@ -17,7 +17,7 @@ command that was interrupted goes on where it stopped. --quick takes minutes, wi
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     import torch
     from transformers.utils import logging
 
-    from trainers.command_line import check_writable, choose_device
+    from trainers.command_line import check_writable, choose_device, progress_bar, say
     from trainers.evaluation.evaluation import Evaluation
     from trainers.evaluation.evaluation_report import write_evaluation
     from trainers.model_card import read_evaluation, update_card, weights_hash
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     subjects, notes = _load(arguments, device)
     check_writable(output_dir)
     settings = _settings(arguments)
-    report = Evaluation(subjects, settings, output_dir / "parts", arguments.parts, _say, _bar).run()
+    report = Evaluation(subjects, settings, output_dir / "parts", arguments.parts, say, progress_bar).run()
     report["conditions"] |= {
         "command": f"python scripts/evaluate_model.py {shlex.join(argv[1:] if argv[0] == '--model' else argv)}",
         "data": arguments.eval_data or f"held-out part of {arguments.data}",
@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         if read_evaluation(arguments.model):
             update_card(arguments.model)
         else:
-            _say(
+            say(
                 f"{arguments.model}/README.md stays as it is: beside it are other .safetensors than were read, or none"
             )
     print(f"{report['conditions']['seconds']:.0f} s; kept in {paths['md']}, {paths['html']}, {paths['json']}")
@@ -255,16 +255,6 @@ def _load(arguments: EvaluateArguments, device: str) -> tuple[Any, list[str]]:
     if arguments.data == "builtin:python" and arguments.eval_data is None:
         notes.append("The held-out text is a part of the Python standard library that the demo's models did not see.")
     return Subjects(models, codec, judge, tokenizer, rows, blocks, patch_size, domains), notes
-
-
-def _say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
-
-
-def _bar(items: Iterable[Any], name: str) -> Iterable[Any]:
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    return tqdm(items, desc=name, leave=False, mininterval=1.0)
 
 
 if __name__ == "__main__":

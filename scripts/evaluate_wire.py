@@ -18,7 +18,7 @@ it stopped. Examples that encoder or receivers cannot read whole are left out fo
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
     from transformers.utils import logging
 
-    from trainers.command_line import check_writable
+    from trainers.command_line import check_writable, progress_bar, say
     from trainers.evaluation.wire_evaluation import WireEvaluation, readable
     from trainers.evaluation.wire_report import write_wire_evaluation
     from trainers.model_card import read_evaluation, update_card, weights_hash
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     wire = load_wire(arguments.model, arguments.places, arguments.device, arguments.dtype)
     examples = readable(wire, loaded, arguments.settings.decoding.max_new_tokens)
     metrics = {name: TASKS[name].metric for name in arguments.dataset}
-    evaluation = WireEvaluation(wire, examples, metrics, arguments.settings, output_dir / "parts", _say, _bar)
+    evaluation = WireEvaluation(wire, examples, metrics, arguments.settings, output_dir / "parts", say, progress_bar)
     report, records = evaluation.run()
     report["conditions"] |= {
         "command": f"python scripts/evaluate_wire.py {shlex.join(argv[1:] if argv[0] == '--model' else argv)}",
@@ -203,16 +203,6 @@ def _examples(arguments: EvaluateWireArguments) -> dict[tuple[str, int], Any]:
         for seed in arguments.numbers:  # without a draw all have the same
             found.setdefault((name, seed), found[name, arguments.numbers[0]])
     return found
-
-
-def _say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
-
-
-def _bar(items: Iterable[Any], name: str) -> Iterable[Any]:
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    return tqdm(items, desc=name, leave=False, mininterval=1.0)
 
 
 if __name__ == "__main__":

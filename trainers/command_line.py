@@ -4,7 +4,8 @@ import difflib
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -159,3 +160,14 @@ def check_writes_text(name: str, path: str, **options: Any) -> None:
             f"{name}: {path} is a codec, which turns patches of tokens into latents and back and writes no text: pass "
             "the student that was trained around it, as runs/demo/student."
         )
+
+
+def say(line: str) -> None:
+    """A line of progress: with the time, on standard error."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def progress_bar(items: Iterable[Any], name: str) -> Iterable[Any]:
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(items, desc=name, leave=False, mininterval=1.0)
