@@ -164,7 +164,7 @@ def check_writes_text(name: str, path: str, **options: Any) -> None:
 
 def say(line: str) -> None:
     """A line of progress: with the time, on standard error."""
-    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")
 
 
 def progress_bar(items: Iterable[Any], name: str) -> Iterable[Any]:
