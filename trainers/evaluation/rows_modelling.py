@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -243,7 +244,9 @@ def calm_shape(context: Context, patch_sizes: Sequence[int] = (1, 2, 4, 8)) -> M
 # -- from a teacher
 
 
-def from_teacher(context: Context, patch_size: int = 4, steps: int = 244, limit: float = 0.1) -> Measured:
+def from_teacher(
+    context: Context, patch_size: int = 4, lookup: int = LONGEST, steps: int = 244, limit: float = 0.1
+) -> Measured:
     """`scripts/train_student.py` with the backbone frozen but for LoRA; the teacher is the table's token LM."""
     table = python_table(context, bf16=False)
     table.load(TEACHER)
@@ -257,6 +260,7 @@ def from_teacher(context: Context, patch_size: int = 4, steps: int = 244, limit:
             "teacher": str(teacher),
             "init_from_teacher": "true",
             "lora_r": "16",
+            "decoder_lookup": str(lookup),
             "data": "builtin:python",
             "output_dir": str(output),
             "block_size": "512",
@@ -340,13 +344,20 @@ ROWS = [
         setup=f"{PYTHON}, fp32; codecs of latent size 32 K, 500 steps; "
         "Brier-1..4 of 4 tokens by `generate` at 7 places of 256 rows",
     ),
-    Row(
-        "from_teacher_k4",
-        "student that begins as its teacher, backbone frozen but for LoRA, K=4",
-        "<= 0.1 nats above the teacher within 5 M tokens",
-        from_teacher,
-        long=True,
-        setup=f"{PYTHON}, fp32; teacher: the token LM of 4 x 256 on the same text; LoRA rank 16, ce 0.5 + kd 0.5",
+    *(
+        Row(
+            f"from_teacher_{name}",
+            f"student that begins as its teacher, backbone frozen but for LoRA, K={k}{without}",
+            "<= 0.1 nats above the teacher within 5 M tokens",
+            partial(from_teacher, patch_size=k, lookup=lookup),
+            long=True,
+            setup=f"{PYTHON}, fp32; teacher: the token LM of 4 x 256 on the same text; LoRA rank 16, ce 0.5 + kd 0.5",
+        )
+        for name, k, lookup, without in (
+            ("k4", 4, LONGEST, ""),
+            ("k8", 8, LONGEST, ""),
+            ("k4_no_lookup", 4, 0, ", decoder without lookup"),
+        )
     ),
     *(
         Row(
