@@ -98,6 +98,9 @@ class WireArguments:
         for name in ("lora_r", "static_slots", "show_answers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        self._refuse(
+            "quantizer", self.freeze_encoder, "changes the message, which is frozen: drop it, or freeze_encoder"
+        )
         self._refuse(NEW_WIRE, self.init_wire is not None, "is about a new wire: drop it, or init_wire")
         self._refuse(NEW_ENCODER, self.encoder is not None, "is about a new encoder: drop it, or encoder")
         self._refuse("pooled_slots", self.bridge != "pooled_kv", "is about bridge pooled_kv: add it")
@@ -140,10 +143,7 @@ class WireArguments:
 
 # fields that mean something only where there is a new encoder, or any new wire
 NEW_ENCODER = "tokenizer encoder_hidden_size encoder_heads encoder_intermediate_size encoder_positions"
-NEW_WIRE = (
-    f"encoder encoder_layers {NEW_ENCODER} latent_len ratio pooling latent_size pooling_layers refiner_layers "
-    "quantizer quantizer_levels"
-)
+NEW_WIRE = f"encoder encoder_layers {NEW_ENCODER} latent_len ratio pooling latent_size pooling_layers refiner_layers"
 
 
 def _numbers(name: str, value: str | None) -> tuple[int, ...] | None:
@@ -211,13 +211,21 @@ def build(args: WireArguments, receivers: dict[str, str]) -> tuple[Any, Path | N
     from transformers import AutoTokenizer
 
     from trainers.command_line import model_path
-    from trainers.wire_build import build_wire, new_encoder_config, pretrained_backbone, sees_ahead
+    from trainers.wire_build import (
+        build_wire,
+        new_encoder_config,
+        pretrained_backbone,
+        replace_quantizer,
+        sees_ahead,
+    )
     from trainers.wire_lora import add_adapter, has_adapter
     from trainers.wire_models import attach_receiver, load_encoder, load_receiver
 
     folder = None
     if args.init_wire is not None:
         wire, folder = load_encoder(args.init_wire)
+        if args.quantizer is not None:
+            replace_quantizer(wire, args.quantizer, _numbers("quantizer_levels", args.quantizer_levels))
         wire.requires_grad_(not args.freeze_encoder)
         for bridge in wire.bridges.values():
             bridge.requires_grad_(False)

@@ -1,11 +1,13 @@
 """New wires: an encoder from a pretrained model's layers, or from sizes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from modeling_latentforge import LatentForgeWire
+from modeling_latentforge.latent_quantizer import LatentQuantizer
 
 
 # ids that a new encoder has no use for: a message is its text alone
@@ -110,3 +112,20 @@ def sees_ahead(backbone: PreTrainedModel) -> bool:
     states = backbone(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
     backbone.train(was_training)
     return not torch.equal(states[0, 0], states[1, 0])
+
+
+def replace_quantizer(wire: LatentForgeWire, kind: str, levels: Sequence[int] | None = None) -> None:
+    """Give a trained wire another quantizer, in place. FSQ's two maps are new, and are to be trained with the rest.
+
+    Args:
+        kind: see [`LatentQuantizer`].
+        levels: of FSQ's dimensions; default: the config's.
+
+    Raises:
+        ValueError: an unknown kind, or too few levels.
+    """
+    config = wire.config
+    levels = config.quantizer_levels if levels is None else levels
+    quantizer = LatentQuantizer(kind, config.latent_size, levels if kind == "fsq" else ())
+    wire.quantizer = quantizer.to(wire.device, wire.dtype)
+    config.quantizer, config.quantizer_levels = kind, tuple(levels)

@@ -130,6 +130,23 @@ def test_a_further_receiver_trains_its_bridge_and_nothing_else(room, tmp_path):
     assert adapter_parameters(wire.receivers["llama"]), "the adapter of a receiver that was not asked comes along"
 
 
+def test_a_trained_wire_goes_on_with_another_quantizer(room, tmp_path):
+    """Fewer bytes would cost a training from nothing."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train_wire.main(flags(room, first, f"{TEXT} --data {room}/text.jsonl {SMALL}", receivers=["llama"]))
+    fsq = f"--init_wire {first} --quantizer fsq --quantizer_levels 5,5,5 --learning_rate 0"
+    train_wire.main(flags(room, second, f"{TEXT} --data {room}/text.jsonl {fsq}", receivers=["llama"]))
+    before, after = (AutoModel.from_pretrained(folder).state_dict() for folder in (first, second))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert {name.split(".")[0] for name in set(after) - set(before)} == {"quantizer"}
+    wire = load_wire(str(second), {"llama": str(room / "llama")}, device="cpu")
+    assert wire.quantizer.levels == (5, 5, 5)
+    sizes = [
+        one.pack([STORY[0]])[0].num_bytes for one in (wire, load_wire(str(first), {"llama": str(room / "llama")}))
+    ]
+    assert sizes[0] < sizes[1] / 10
+
+
 def test_an_encoder_starts_from_a_pretrained_models_first_layers(room, tmp_path, capsys):
     """Layers that are read and then initialised anew are a pretrained encoder by name only."""
     more = f"{TEXT} --data {room}/text.jsonl --encoder {room}/llama --encoder_layers 2 --ratio 2 --latent_size 16"
@@ -189,6 +206,7 @@ def test_wrong_flags_are_told(room, tmp_path, capsys):
         ("--use_deep_prefix --use_coprocessor", "use_coprocessor is bridge 'pooled_kv', and use_deep_prefix sets"),
         ("--kd_tau 2 --kd_temperature 3", "kd_tau is kd_temperature 2.0, and is given with"),
         ("--freeze_encoder", "add init_wire"),
+        ("--freeze_encoder --init_wire x --quantizer int8", "changes the message, which is frozen"),
         ("--latent_len 4 --ratio 2", "both say how many latents"),
         ("--encoder x --tokenizer y", "is about a new encoder"),
         ("--text_warmup_steps 4", "nothing here learns from the text itself"),
