@@ -320,7 +320,7 @@ ROWS = [
         ">= 5 points at equal trained parameters, p < .05 (McNemar), or the negative result",
         thinking,
         long=True,
-        setup="receiver 2 x 256 (Llama, V=512), trained here on 20,000 such problems; encoder: its layers, trained on; "
+        setup="receiver 2 x 256 (Llama, V=512), trained here on 20,000 such problems; its layers as encoder; "
         "2,500 steps of 16 each, 1,000 other problems",
     ),
 ]
