@@ -1,4 +1,4 @@
-"""Put a trained codec or student on the Hugging Face Hub: weights, code, tokenizer and model card.
+"""Put a trained model on the Hugging Face Hub, a codec, student, wire or idea model: weights, code, tokenizer, card.
 
     python scripts/push_to_hub.py --model runs/demo/student --repo_id my-name/my-student --private
     python scripts/push_to_hub.py --model checkpoints/ae --repo_id my-name/my-codec --license apache-2.0
@@ -6,7 +6,9 @@
     python scripts/push_to_hub.py --model runs/demo/student --repo_id my-name/my-student --space my-name/my-space
 
 The folder is checked before anything is sent. A repository that exists is updated; `--revision` takes a branch that
-exists. `--space` makes or updates a Gradio Space that shows the uploaded model (`scripts/space/`). The token is the
+exists. With a wire go the adapters of its receivers (`receivers/`), without which bridges speak to other models than
+they learned for; receivers themselves stay where they are. `--space` makes or updates a Gradio Space that shows the
+uploaded student or idea model (`scripts/space/`). The token is the
 one of `hf auth login`, or HF_TOKEN. At the end a process that has nothing of ours loads the uploaded model by its id,
 unless `--no_verify`. A card that is missing is filled from the folder; one that is there is sent with the repository's
 id in its usage code.
@@ -47,10 +49,15 @@ where = {"revision": revision, "trust_remote_code": True}
 model = getattr(transformers, auto_class).from_pretrained(repo_id, **where).eval()
 if tokenizer:
     transformers.AutoTokenizer.from_pretrained(repo_id, **where)
-ids = torch.arange(2 * model.config.patch_size)[None] % model.config.vocab_size
+config = model.config
+wire = hasattr(config, "encoder_config")
+ids = torch.arange(8 if wire else 2 * config.patch_size)[None]
 with torch.no_grad():
-    logits = model(ids).logits
-assert logits.isfinite().all(), "its logits are not finite"
+    if wire:
+        found = model(ids % config.encoder_config.vocab_size).last_hidden_state
+    else:
+        found = model(ids % config.vocab_size).logits
+assert found.isfinite().all(), "what it makes of a text is not finite"
 print(f"{type(model).__name__}, {model.num_parameters():,} parameters")
 """
 
@@ -59,7 +66,7 @@ print(f"{type(model).__name__}, {model.num_parameters():,} parameters")
 class PushArguments:
     """What goes where."""
 
-    model: str = field(metadata={"help": "Folder of a trained codec or student."})
+    model: str = field(metadata={"help": "Folder of a trained model."})
     repo_id: str = field(metadata={"help": "owner/name on the Hub; made if it does not exist."})
     private: bool = field(default=False, metadata={"help": "A new repository is private."})
     revision: str | None = field(default=None, metadata={"help": "A branch that exists. Default: main."})
@@ -67,7 +74,10 @@ class PushArguments:
     license: str | None = field(default=None, metadata={"help": "Licence to state in the card, of the Hub's list."})
     verify: bool = field(default=True, metadata={"help": "Load the result from the Hub in a clean process."})
     space: str | None = field(
-        default=None, metadata={"help": "owner/name of a Gradio Space that shows the model; made if it is not there."}
+        default=None,
+        metadata={
+            "help": "owner/name of a Gradio Space that shows the student or idea model; made if it is not there."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -136,15 +146,56 @@ def check_folder(folder: Path) -> Checked:
         raise PushError(f"{folder / 'config.json'} cannot be used ({reason}): save the model again.") from error
     if config is None:
         raise PushError(
-            f"{folder} holds a {model_type!r} model, neither codec nor student: push it with `hf upload`, say."
+            f"{folder} holds a {model_type!r} model, which is none of LatentForge's: push it with `hf upload`, say."
         )
     shapes, weights = read_weights(folder)
     check_complete(folder, config, shapes)
     code = remote_code(folder, fields.get("auto_map"))
     beside = sorted({path.name for pattern in BESIDE for path in folder.glob(pattern) if path.is_file()})
+    adapters = receivers_adapters(folder, config)
     auto_class = "AutoModelForCausalLM" if model_type == "latentforge" else "AutoModel"
     num_parameters = sum(math.prod(shape) for shape in shapes.values())
-    return Checked(folder, config, auto_class, ["config.json", *weights, *code, *beside], num_parameters)
+    return Checked(folder, config, auto_class, ["config.json", *weights, *code, *beside, *adapters], num_parameters)
+
+
+def receivers_adapters(folder: Path, config: Any) -> list[str]:
+    """The files of the adapters that a wire's bridges learned with, as `trainers.wire_models` lays them down.
+
+    Raises:
+        PushError: half of one is there.
+    """
+    from trainers.wire_lora import CONFIG, WEIGHTS
+    from trainers.wire_models import ADAPTERS
+
+    found: list[str] = []
+    for name in getattr(config, "bridges", None) or ():
+        if (folder / ADAPTERS / name).is_dir():
+            for file in (CONFIG, WEIGHTS):
+                path = folder / ADAPTERS / name / file
+                if not path.is_file():
+                    raise PushError(
+                        f"{path} is missing, the bridge {name!r} learned with this adapter: copy it from where it was."
+                    )
+                found.append(f"{ADAPTERS}/{name}/{file}")
+    return found
+
+
+def check_space(checked: Checked) -> None:
+    """See that a Space can show the model.
+
+    Raises:
+        PushError: it cannot.
+    """
+    if checked.config.model_type not in ("latentforge", "latentforge_idea"):
+        raise PushError(
+            f"a Space shows students and idea models, and {checked.folder} holds a {checked.config.model_type} model: "
+            "drop --space."
+        )
+    if checked.config.model_type == "latentforge_idea" and checked.config.receiver is None:
+        raise PushError(
+            f"{checked.folder} was trained for a language model that is not on the Hub, and the Space would have no "
+            "reader: drop --space."
+        )
 
 
 def read_weights(folder: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
@@ -311,7 +362,7 @@ def push(arguments: PushArguments, checked: Checked, card: str, token: str | Non
     contents: dict[str, Any] = {name: checked.folder / name for name in checked.files}
     contents["README.md"] = card.encode()
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
-    # a loader prefers model.safetensors to shards: what an earlier upload left would win over this one
+    # a loader prefers model.safetensors to shards, and takes every adapter: what an earlier upload left would win
     stale = [name for name in api.list_repo_files(**branch) if _is_weights(name) and name not in checked.files]
     operations += [CommitOperationDelete(name) for name in stale]
     try:
@@ -347,7 +398,10 @@ def push_space(arguments: PushArguments, token: str | None) -> str:
 
 
 def _is_weights(name: str) -> bool:
-    return "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
+    from trainers.wire_models import ADAPTERS
+
+    own = "/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))
+    return own or name.startswith(f"{ADAPTERS}/")
 
 
 def verify(arguments: PushArguments, checked: Checked, revision: str, token: str | None) -> str:
@@ -442,6 +496,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     token = get_token()
     try:
         checked = check_folder(Path(arguments.model))
+        if arguments.space is not None:
+            check_space(checked)
         card = make_card(checked, arguments.repo_id, arguments.license)
         check_token(token)
         commit, address = push(arguments, checked, card, token)

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         trainer.save_metrics("eval", metrics)
         print(f"{model.num_parameters() / 1e6:.2f} M parameters; held-out:", metrics)
     trainer.accelerator.wait_for_everyone()
-    end_training(trainer.accelerator)
+    end_training(trainer)
     return metrics
 
 

@@ -254,6 +254,9 @@ class HubServer:
             shutil.copytree(folder.parent / parent, folder)
         for name in deleted:
             (folder / name).unlink()
+            for above in (folder / name).relative_to(folder).parents[:-1]:  # git knows no empty folders
+                if not any((folder / above).iterdir()):
+                    (folder / above).rmdir()
         for name, content in added.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content.read_bytes() if isinstance(content, Path) else content)

@@ -4,7 +4,6 @@ that own a resource."""
 import logging
 import math
 import os
-import time
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -103,14 +102,15 @@ class LatentTrainingConfig(TrainingArguments):
         return {"true": True, "false": None}.get(str(value).lower(), value)
 
 
-def end_training(accelerator: Any) -> None:
-    """Finish trackers and leave the process group; the last line of a script, for every process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # gloo's thread still holds the last collective's tensors, and needs Python's lock to let them go, while
-        # destroying the group joins that thread with the lock held: a process that comes here at once hangs for good
-        # (seen in torch 2.13). Asleep, it leaves the lock to the thread.
-        time.sleep(1.0)
-    accelerator.end_training()
+def end_training(trainer: Trainer) -> None:
+    """Finish trackers and leave the process group; the last line of a script, for every process. The trainer can
+    train no more."""
+    # Gloo's threads need Python's lock to let go of the last collective's tensors. Destroying the group waits for them
+    # without the lock; but where DistributedDataParallel is the last to hold the group, the group goes when that does,
+    # with the lock held, and the process hangs for good (torch 2.13).
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
 
 
 class LatentTrainer(Trainer):
@@ -324,7 +324,7 @@ class LatentTrainer(Trainer):
 
     def end(self) -> None:
         """As in transformers: the last line of a script, for every process."""
-        end_training(self.accelerator)
+        end_training(self)
 
     # -- card
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from modeling_latentforge import Receiver
 
 
-WEIGHTS = "adapter_model.safetensors"  # peft's names
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
 
 
 def _peft() -> Any:

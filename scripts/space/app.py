@@ -1,4 +1,5 @@
-"""A student in a browser: text that comes patch by patch, the latents behind it, and the codec at play.
+"""A student in a browser: text that comes patch by patch, the latents behind it, and the codec at play. Or an idea
+model: what lies between two texts, what every step of thinking says, and where texts lie.
 
     make space                                                    # runs/demo/student at http://127.0.0.1:7860
     LATENTFORGE_MODEL=my-name/my-student python scripts/space/app.py
@@ -6,6 +7,7 @@
 Everything that it needs of LatentForge comes with the model (`trust_remote_code`), so this file alone makes a Hugging
 Face Space. Variables of the environment: LATENTFORGE_MODEL, the models to choose from, the first one loaded (ids or
 folders, separated by blanks); LATENTFORGE_TEACHER, a token model whose speed stands beside the student's;
+LATENTFORGE_RECEIVER, the language model that reads idea models, where they do not name it themselves;
 LATENTFORGE_ANY_MODEL=1 lets visitors name any other model. Its code then runs here: only where the visitor is you.
 """
 
@@ -13,6 +15,7 @@ import contextlib
 import html
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,7 +29,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer  # noqa: E402
 
 
@@ -35,9 +45,11 @@ with contextlib.suppress(ImportError):  # a checkout's own code, where there is 
 
 MODELS = os.environ.get("LATENTFORGE_MODEL", "runs/demo/student").split()
 TEACHER = os.environ.get("LATENTFORGE_TEACHER")
+RECEIVER = os.environ.get("LATENTFORGE_RECEIVER")
 ANY_MODEL = os.environ.get("LATENTFORGE_ANY_MODEL") == "1"
 COLOURS = ("#cfe8ff", "#ffe3c2", "#d9f2d0", "#f3d6ee", "#fff3b0", "#d6e0f5")
 MOST_TOKENS, LONGEST_PROMPT, MOST_PATCHES = 512, 20_000, 256
+ALPHAS, MOST_STEPS, MOST_TEXTS = 11, 16, 64
 
 
 # -- models
@@ -60,6 +72,7 @@ class Loaded:
 
 LOADED: dict[str, Loaded] = {}
 LOADING = threading.Lock()
+IDEA = "latentforge_idea"  # as its configuration says
 
 
 def load(name: str) -> Loaded:
@@ -73,16 +86,40 @@ def load(name: str) -> Loaded:
         raise gr.Error(f"This Space offers {', '.join(MODELS)}.")
     with LOADING:
         if name not in LOADED:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            options: dict[str, Any] = {"trust_remote_code": True, "dtype": torch.float32}
             try:
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
-                model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
+                if AutoConfig.from_pretrained(name, trust_remote_code=True).model_type == IDEA:
+                    model = AutoModel.from_pretrained(name, **options).to(device).eval()
+                    attach(model, tokenizer)
+                else:
+                    model = AutoModelForCausalLM.from_pretrained(name, **options).to(device).eval()
             except Exception as error:  # whatever a Hub, a folder or a model's code raises
                 raise gr.Error(f"{name} cannot be loaded: {str(error)[:300]}") from error
-            model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
             while len(LOADED) >= 3:
                 del LOADED[next(iter(LOADED))]
             LOADED[name] = Loaded(name, model, tokenizer)
         return LOADED[name]
+
+
+def attach(model: Any, tokenizer: Any) -> None:
+    """Give an idea model the tokenizer and the language model that it is saved without.
+
+    Raises:
+        ValueError: nothing says which language model, or it is not the one that the model was trained for.
+    """
+    if model.config.source == "tokens":
+        model.attach_tokenizer(tokenizer)
+    place, bridges = RECEIVER or model.config.receiver, list(model.config.bridges)
+    if place is None or len(bridges) != 1:
+        raise ValueError(
+            f"it has bridges to {bridges}, and does not say where one language model that reads lies: set "
+            "LATENTFORGE_RECEIVER to its folder or id."
+        )
+    reader = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).to(model.device)
+    receiver = sys.modules[type(model).__module__].Receiver  # of the model's own code
+    model.attach(bridges[0], receiver(reader, AutoTokenizer.from_pretrained(place), model.template(bridges[0])))
 
 
 def student(name: str) -> Loaded:
@@ -92,10 +129,24 @@ def student(name: str) -> Loaded:
     return loaded
 
 
+def idea_model(name: str) -> Loaded:
+    loaded = load(name)
+    if loaded.model.config.model_type != IDEA:
+        raise gr.Error(f"{name} is no idea model of LatentForge: it is a {loaded.model.config.model_type} model.")
+    return loaded
+
+
 def describe(name: str) -> str:
     """What is loaded, in a line of Markdown."""
-    loaded = student(name)
+    loaded = load(name)
     config, count = loaded.model.config, sum(x.numel() for x in loaded.model.parameters())
+    if config.model_type == IDEA:
+        return (
+            f"**{config.num_latents}** ideas of {config.latent_size} numbers, read by {', '.join(config.bridges)} as "
+            f"{config.prefix_len} vectors, {config.steps} steps of thinking unless told otherwise, "
+            f"{count / 1e6:.1f} M weights beside the reader's, on {loaded.model.device}"
+        )
+    loaded = student(name)
     return (
         f"**K = {config.patch_size}** tokens per step, latents of {config.latent_size} numbers, "
         f"{count / 1e6:.1f} M weights, {config.head_config.head_type} head, {config.decoder_type} decoder, "
@@ -261,15 +312,20 @@ def write(
     yield coloured(prompt, patches), figures(loaded, len(written), len(steps), seconds, teacher), trajectory(steps)
 
 
+def plane(points: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Points `(B, D)` on the two directions in which they differ most, `(B, 2)`, and these directions' share of their
+    variance."""
+    centred = points - points.mean(0)
+    _, values, directions = torch.linalg.svd(centred, full_matrices=False)
+    share = (values[:2].square().sum() / values.square().sum().clamp_min(1e-12)).item()
+    return centred @ directions[:2].T, share
+
+
 def trajectory(latents: list[torch.Tensor]) -> Any:
     """The latents' way on the two directions in which they differ most."""
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
     if len(latents) >= 3:
-        points = torch.stack(latents)
-        centred = points - points.mean(0)
-        _, values, directions = torch.linalg.svd(centred, full_matrices=False)
-        flat = centred @ directions[:2].T
-        share = (values[:2].square().sum() / values.square().sum().clamp_min(1e-12)).item()
+        flat, share = plane(torch.stack(latents))
         axes.plot(flat[:, 0], flat[:, 1], color="0.8", linewidth=1, zorder=1)
         axes.scatter(flat[:, 0], flat[:, 1], c=range(len(flat)), cmap="viridis", s=25, zorder=2)
         for number in (0, len(flat) - 1):
@@ -313,6 +369,83 @@ def reconstruct(name: str, text: str, noise: float, seed: int = 0) -> tuple[str,
     return f'<div class="written">{"".join(spans)}</div>', told
 
 
+# -- ideas
+
+
+@contextlib.contextmanager
+def thinking(name: str, texts: list[str]) -> Iterator[Any]:
+    """The idea model, alone with these texts; what it has to say against them reaches the visitor.
+
+    Raises:
+        gr.Error: no idea model, an empty text, one that it cannot read.
+    """
+    if not texts or not all(text and text.strip() for text in texts):
+        raise gr.Error("There is an empty text, of which nothing can be thought: write one.")
+    longest = max(map(len, texts))
+    if longest > LONGEST_PROMPT:
+        raise gr.Error(f"A text has {longest} characters, at most {LONGEST_PROMPT} are taken.")
+    loaded = idea_model(name)
+    with loaded.lock:  # no mode of torch: those belong to a thread, and a generator's steps may run in several
+        try:
+            yield loaded.model
+        except ValueError as error:
+            raise gr.Error(str(error)[:300]) from error
+
+
+def lines(said: list[tuple[str, str, str]]) -> str:
+    """Labels, their colours and texts as HTML, a line each; a text that is the one above it is pale."""
+    rows, before = [], None
+    for label, colour, text in said:
+        kind = "read same" if text == before else "read"
+        mark = f'<span class="mark" style="background:{colour}">{html.escape(label)}</span>'
+        rows.append(f'<div class="{kind}">{mark}{html.escape(text)}</div>')
+        before = text
+    return f'<div class="written">{"".join(rows)}</div>'
+
+
+def between(name: str, first: str, second: str, kind: str, count: int) -> Iterator[str]:
+    """What the model says from one text to the other, a line an alpha."""
+    said: list[tuple[str, str, str]] = []
+    with thinking(name, [first, second]) as model:
+        for place in range(ALPHAS):
+            alpha = place / (ALPHAS - 1)
+            text = model.interpolate_and_generate(first, second, alpha, kind, max_new_tokens=int(count))
+            blue, red = round(225 - 185 * alpha), round(40 + 185 * alpha)
+            said.append((f"{alpha:.1f}", f"rgb({red},115,{blue})", text))
+            yield lines(said)
+
+
+def think(name: str, text: str, steps: int, count: int) -> str:
+    """What the ideas of a text say before the first step of thinking, and after each."""
+    with thinking(name, [text]) as model, torch.no_grad():
+        thoughts = model.think(model.get_latent_vector(text, steps=0), int(steps))
+        read = [model.read(ideas, max_new_tokens=int(count))[0] for ideas in thoughts]
+    return lines([(f"step {number}", "#666", said) for number, said in enumerate(read)])
+
+
+def where(name: str, texts: str, steps: int) -> Any:
+    """Texts, a line each, on the two directions in which their ideas differ most, and the way that thinking takes
+    them."""
+    labels = [line.strip() for line in (texts or "").splitlines() if line.strip()]
+    if len(labels) > MOST_TEXTS:
+        raise gr.Error(f"There are {len(labels)} texts, at most {MOST_TEXTS} are taken.")
+    with thinking(name, labels) as model, torch.no_grad():
+        thoughts = [ideas.flatten(1).float().cpu() for ideas in model.encode(labels, steps=int(steps)).thoughts]
+    if len(labels) * len(thoughts) < 3 or thoughts[0].shape[1] < 2:
+        raise gr.Error("A map needs three ideas of two numbers: write more texts, a line each, or take more steps.")
+    flat, share = plane(torch.cat(thoughts))
+    ways = flat.view(len(thoughts), len(labels), 2)
+    figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
+    for number, label in enumerate(labels):
+        (line,) = axes.plot(*ways[:, number].T.tolist(), linewidth=1, alpha=0.6)
+        axes.plot(*ways[-1:, number].T.tolist(), "o", color=line.get_color(), markersize=4)
+        axes.annotate(label[:24], ways[-1, number].tolist(), fontsize=8, parse_math=False)
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(f"{len(labels)} texts after {int(steps)} steps, {share:.0%} of their variance", fontsize=9)
+    plt.close(figure)
+    return figure
+
+
 # -- the page
 
 
@@ -321,12 +454,17 @@ CSS = """
 .written .prompt {opacity: .65}
 .written .patch {color: #111; border-radius: 3px}
 .written .wrong {background: #ffb3b3; color: #111; border-radius: 3px}
+.written .same {opacity: .5}
+.written .mark {color: #fff; border-radius: 3px; padding: 0 .5em; margin-right: .7em}
 """
 
 
 def build() -> gr.Blocks:
     with gr.Blocks(title="LatentForge") as page:
-        gr.Markdown("# LatentForge\nA language model that writes several tokens per step. Each colour is one step.")
+        gr.Markdown(
+            "# LatentForge\nA language model that writes several tokens per step, each colour one step; or one that "
+            "thinks in a few vectors, which can be read."
+        )
         with gr.Row():
             name = gr.Dropdown(
                 [(os.path.basename(one), one) for one in MODELS],
@@ -357,6 +495,25 @@ def build() -> gr.Blocks:
             back = gr.Button("Encode and decode", elem_id="reconstruct")
             again = gr.HTML(elem_id="again")
             exactness = gr.Markdown(elem_id="exactness")
+        with gr.Tab("Ideas", id="ideas"):
+            first = gr.Textbox("Mia has 4 pens.", label="Text", lines=2, elem_id="first")
+            second = gr.Textbox("Tom has 9 eggs.", label="Another", lines=2, elem_id="second")
+            with gr.Row():
+                kind = gr.Radio(["linear", "slerp"], value="linear", label="Way between them", elem_id="kind")
+                length = gr.Slider(1, 128, 32, step=1, label="Tokens, at most", elem_id="length")
+                steps = gr.Slider(0, MOST_STEPS, 3, step=1, label="Steps of thinking", elem_id="steps")
+            with gr.Row():
+                interpolating = gr.Button("From one to the other", variant="primary", elem_id="interpolate")
+                reading = gr.Button("Think about the first", elem_id="think")
+            strip = gr.HTML(elem_id="strip")
+            several = gr.Textbox(
+                "Mia has 4 pens.\nTom has 9 eggs.\nIt rains.", label="Texts, a line each", lines=4, elem_id="several"
+            )
+            mapping = gr.Button("Where they lie", elem_id="where")
+            places = gr.Plot(label="Ideas", elem_id="places")
+        interpolating.click(between, [name, first, second, kind, length], strip, api_name="between")
+        reading.click(think, [name, first, steps, length], strip, api_name="think")
+        mapping.click(where, [name, several, steps], places, api_name="where")
         writing = run.click(
             write, [name, prompt, count, temperature, top_p, top_k, seed], [text, told, picture], api_name="write"
         )

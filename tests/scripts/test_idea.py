@@ -15,7 +15,7 @@ from transformers import AutoModel, LlamaForCausalLM
 from modeling_latentforge import LatentForgeIdea
 from scripts import idea, push_to_hub
 from tests.scripts.test_train_wire import RUN, STORY, room  # noqa: F401  (a fixture)
-from trainers import parse_arguments
+from trainers import arithmetic, parse_arguments
 from trainers.idea_config import IdeaConfig
 from trainers.wire_data import IdeaDataArguments
 from trainers.wire_flags import IdeaAliases, apply_aliases
@@ -24,6 +24,14 @@ from trainers.wire_models import load_wire
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = "--encoder_layers 2 --num_ideas 2 --latent_size 16 --compression_hidden 20 --middle_hidden 12 --prefix_len 3"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_problems():
+    """Made-up problems are drawn from as many; 20,000 take longer than all that is done with them here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arithmetic, "SIZES", {"train": 200, "validation": 50, "test": 50})
+        yield
 
 
 def file_hash(folder: Path) -> str:
@@ -90,7 +98,7 @@ def test_generate_says_one_thing_and_says_it_again(trained, room, capsys):  # no
     assert found[0] == model.generate(STORY[0], max_new_tokens=5)
     assert found[2] == model.generate(STORY[0], steps=0, max_new_tokens=5)
     torch.manual_seed(0)
-    sampled = {idea.main([*asked, "--temperature", "5.0", "--top-p", "0.99"])["text"] for _ in range(3)}
+    sampled = {idea.main([*asked, "--temperature", "5.0", "--top-p", "0.99"])["text"] for _ in range(2)}
     assert len(sampled) > 1
 
 
@@ -157,6 +165,7 @@ def test_the_seeds_recipe_and_flags_are_taken(tmp_path):
     assert yaml.safe_load(recipe.read_text(encoding="utf-8"))["epochs"] == 5
 
 
+@pytest.mark.slow
 def test_the_readmes_commands_and_python_run(room, tmp_path, monkeypatch, capsys):  # noqa: F811
     """The first thing that anybody tries."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Idea\n")[1].split("\n## ")[0]

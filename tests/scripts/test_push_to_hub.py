@@ -11,6 +11,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
@@ -18,8 +19,12 @@ from transformers import LlamaConfig
 from scripts import push_to_hub, train_autoencoder, train_student
 from tests.conftest import tiny_student
 from tests.hub_server import HubServer
+from tests.modeling_latentforge.test_idea import idea
 from tests.modeling_latentforge.test_remote_code import BLOCK
+from tests.modeling_latentforge.test_wire import CONTEXTS, PROMPTS, receiver, wire
 from tests.trainers.training_helpers import TEXT, byte_tokenizer, tiny_teacher
+from trainers.wire_lora import adapter_parameters, add_adapter
+from trainers.wire_models import load_wire, save_wire
 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -157,6 +162,61 @@ def test_a_space_shows_the_uploaded_model(trained, hub, capsys):
     with pytest.raises(SystemExit):
         push(trained / "student", "alice/student", "--space", "space")
     assert "space (space) names no owner" in capsys.readouterr().err
+
+
+def test_a_space_is_refused_to_a_model_that_it_cannot_show(trained, hub, tmp_path, capsys):
+    """It would be built, and greet its visitors with an error."""
+    save_wire(idea(), tmp_path / "idea")
+    for model, message in ((trained / "codec", "shows students and idea models"), (tmp_path / "idea", "no reader")):
+        assert push(model, "alice/model", "--space", "alice/space") == 1
+        assert message in one_line(capsys) and not hub.requests
+    save_wire(idea(receiver="alice/reader"), tmp_path / "idea")
+    assert push(tmp_path / "idea", "alice/idea", "--space", "alice/space") == 0
+    assert hub.repos["alice/space"].variables == {"LATENTFORGE_MODEL": "alice/idea"}
+
+
+def test_a_wire_on_the_hub_has_the_adapters_of_its_receivers(hub, tmp_path, capsys):
+    """Without its adapter a receiver is another model than the bridge learned for, and nothing says so."""
+    made, options = wire(receivers=("llama", "gpt2")), {"max_new_tokens": 5, "do_sample": False}
+    places = {}
+    for name in ("llama", "gpt2"):
+        bare = receiver(name)
+        bare.model.save_pretrained(tmp_path / name)
+        bare.tokenizer.save_pretrained(tmp_path / name)
+        places[name] = str(tmp_path / name)
+    plain = made.score("llama", made.encode(CONTEXTS), PROMPTS, ["a", "b", "c"])[0]
+    add_adapter(made.receivers["llama"], r=2)
+    for number, parameter in enumerate(adapter_parameters(made.receivers["llama"]).values()):
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(number))
+    save_wire(made, tmp_path / "wire")
+    (tmp_path / "wire" / "receivers" / "llama" / "optimizer.pt").write_bytes(b"a pickle")
+    assert push(tmp_path / "wire", "alice/wire") == 0
+    there = hub.folder("alice/wire") / "receivers"
+    sent = sorted(str(path.relative_to(there)) for path in there.rglob("*") if path.is_file())
+    assert sent == ["llama/adapter_config.json", "llama/adapter_model.safetensors"]
+    again = load_wire(str(hub.folder("alice/wire")), places, device="cpu")
+    for name in places:
+        texts = [model.generate(name, model.encode(CONTEXTS), PROMPTS, **options) for model in (again, made)]
+        assert texts[0] == texts[1]
+    scores = [model.score("llama", model.encode(CONTEXTS), PROMPTS, ["a", "b", "c"])[0] for model in (again, made)]
+    torch.testing.assert_close(*scores)
+    assert not torch.allclose(scores[0], plain)
+
+    (tmp_path / "wire" / "receivers" / "llama" / "adapter_model.safetensors").unlink()
+    assert push(tmp_path / "wire", "alice/wire") == 1
+    assert "the bridge 'llama' learned with this adapter" in one_line(capsys)
+    shutil.rmtree(tmp_path / "wire" / "receivers")
+    assert push(tmp_path / "wire", "alice/wire") == 0
+    assert not (hub.folder("alice/wire") / "receivers").exists(), "a later wire would be loaded with an earlier LoRA"
+
+
+@pytest.mark.slow
+def test_a_wire_is_seen_to_load(hub, tmp_path, capsys):
+    """A check that knows students only reports every wire as broken."""
+    for name, model in (("wire", wire(receivers=("llama",))), ("idea", idea())):
+        save_wire(model, tmp_path / name)
+        assert push_to_hub.main(["--model", str(tmp_path / name), "--repo_id", f"alice/{name}"]) == 0
+        assert f"loads in a clean process: {type(model).__name__}" in capsys.readouterr().out
 
 
 def test_an_existing_repository_is_updated(trained, hub, tmp_path, capsys):
@@ -313,7 +373,7 @@ def without_code_names(model: Path) -> None:
         (lambda model: (model / "config.json").write_text("{"), "config.json cannot be used"),
         (lambda model: (model / "config.json").write_text("[]"), "config.json cannot be used"),
         (lambda model: edit(model, patch_size=0), "`patch_size` must be at least 1, got 0"),
-        (lambda model: LlamaConfig().save_pretrained(model), "holds a 'llama' model, neither codec nor student"),
+        (lambda model: LlamaConfig().save_pretrained(model), "holds a 'llama' model, which is none of LatentForge's"),
         (lambda model: (model / "model.safetensors").unlink(), "must hold weights in safetensors and holds none"),
         (pickled, "only pickled ones (pytorch_model.bin)"),
         (cut, "bytes) is cut short or damaged"),

@@ -1,6 +1,8 @@
 """The Space in a real browser, as a visitor uses it."""
 
+import html
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +14,10 @@ import pytest
 import torch
 
 from tests.conftest import tiny_student
+from tests.modeling_latentforge.test_idea import idea
 from tests.trainers.training_helpers import byte_tokenizer, tiny_teacher
 from trainers.evaluation.serving_load import free_port
+from trainers.wire_models import load_wire, save_wire
 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -36,6 +40,11 @@ def models(tmp_path_factory):
         model.config.eos_token_id = None
         model.save_pretrained(folder / name)
         byte_tokenizer().save_pretrained(folder / name)
+    thinker = idea(steps=2)
+    save_wire(thinker, folder / "ideas")
+    reader = thinker.receivers["gpt2"]
+    reader.model.save_pretrained(folder / "reader")
+    reader.tokenizer.save_pretrained(folder / "reader")
     return folder
 
 
@@ -48,7 +57,8 @@ def space(models, tmp_path_factory):
     blocked = "import sys; sys.modules['modeling_latentforge'] = None; import runpy; sys.argv = ['app.py']; "
     environment = {
         **os.environ,
-        "LATENTFORGE_MODEL": f"{models}/four {models}/three",
+        "LATENTFORGE_MODEL": f"{models}/four {models}/three {models}/ideas",
+        "LATENTFORGE_RECEIVER": f"{models}/reader",
         "LATENTFORGE_TEACHER": f"{models}/teacher",
         "PORT": str(port),
         "GRADIO_ANALYTICS_ENABLED": "False",
@@ -137,6 +147,52 @@ def test_a_visitor_cannot_load_what_the_space_does_not_offer(space):
         client.predict("somebody/evil", "x", 4, 0.0, 1.0, 0, 1, api_name="/write")
     text, told, _ = client.predict(_first(client), "x", 4, 0.0, 1.0, 0, 1, api_name="/write")
     assert "4 tokens in" in told and "<script" not in text
+
+
+def texts_of(written):
+    """Of every line, without its mark."""
+    rows = re.findall(r'<div class="read[^"]*"><span class="mark"[^>]*>(.*?)</span>(.*?)</div>', written, re.DOTALL)
+    return [(mark, html.unescape(text)) for mark, text in rows]
+
+
+def test_a_visitor_sees_what_an_idea_model_thinks(space, models):
+    """A strip or a step that another model's ideas were read for shows nothing of this one."""
+    from gradio_client import Client
+
+    client, name = Client(space, verbose=False), str(models / "ideas")
+    thinker = load_wire(name, {"gpt2": str(models / "reader")}, device="cpu")
+    for kind in ("linear", "slerp"):
+        strip = texts_of(client.predict(name, "One <b>", "Another", kind, 6, api_name="/between"))
+        assert [mark for mark, _ in strip] == [f"{place / 10:.1f}" for place in range(11)]
+        ends = thinker.generate_batch(["One <b>", "Another"], max_new_tokens=6)
+        middle = thinker.interpolate_and_generate("One <b>", "Another", 0.3, kind, max_new_tokens=6)
+        assert [strip[0][1], strip[-1][1], strip[3][1]] == [*ends, middle]
+    read = texts_of(client.predict(name, "One", 3, 6, api_name="/think"))
+    said = [thinker.generate("One", steps=steps, max_new_tokens=6) for steps in range(4)]
+    assert read == [(f"step {number}", text) for number, text in enumerate(said)]
+    plot = client.predict(name, "one\n\ntwo\nthree $x$", 1, api_name="/where")
+    assert plot["type"] == "matplotlib" and plot["plot"]
+
+
+def test_a_wrong_model_or_text_is_told_to_the_visitor(space, models):
+    """`Error` alone sends a visitor away."""
+    from gradio_client import Client
+
+    client, name = Client(space, verbose=False), str(models / "ideas")
+    for message, endpoint, *values in (
+        ("is no idea model", "/between", str(models / "four"), "one", "two", "linear", 6),
+        ("is no student", "/write", name, "x", 4, 0.0, 1.0, 0, 1),
+        ("There is an empty text", "/between", name, "one", " ", "linear", 6),
+        ("There is an empty text", "/think", name, "", 2, 6),
+        ("There is an empty text", "/where", name, "\n", 2),
+        ("A map needs three ideas", "/where", name, "one\ntwo", 0),
+        ("the encoder reads 8192", "/think", name, "x" * 9000, 2, 6),
+        ("at most 20000 are taken", "/think", name, "x" * 20001, 2, 6),
+        ("at most 64 are taken", "/where", name, "x\n" * 65, 2),
+    ):
+        with pytest.raises(Exception, match=message):
+            client.predict(*values, api_name=endpoint)
+    assert texts_of(client.predict(name, "One", 0, 4, api_name="/think")), "the model still thinks"
 
 
 def _first(client):

@@ -36,6 +36,45 @@ def two_processes():
     return f"torch.distributed.run {rendezvous} --nproc_per_node 2"
 
 
+# the script, and a word about what still holds the group of processes when it is left
+ENDS = """
+import gc, sys, torch
+from torch.nn.parallel import DistributedDataParallel
+leave = torch.distributed.destroy_process_group
+
+def counted(group=None):
+    gc.disable()
+    print("wrapped:", sum(type(thing) is DistributedDataParallel for thing in gc.get_objects()), flush=True)
+    leave(group)
+
+torch.distributed.destroy_process_group = counted
+from scripts import {script}
+{script}.main(sys.argv[1:])
+print("ended", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_train_an_idea_model_end(tmp_path):
+    """A group that goes with the wrapped model, at the process's end, waits for gloo's threads with the lock held that
+    these wait for: the run is finished and does not exit."""
+    reader = receiver("llama")
+    reader.model.save_pretrained(tmp_path / "llama")
+    reader.tokenizer.save_pretrained(tmp_path / "llama")
+    (tmp_path / "ends.py").write_text(ENDS.format(script="idea"))
+    flags = (
+        f"--mode train --receiver {tmp_path}/llama --encoder {tmp_path}/llama --output_dir {tmp_path}/idea "
+        "--encoder_layers 1 --num_ideas 2 --latent_size 16 --compression_hidden 20 --middle_hidden 12 --prefix_len 3 "
+        "--dataset reasoning --data builtin:arithmetic --max-train-samples 16 --max_eval_examples 4 --steps 2 "
+        "--align_steps 1 --max_steps 3 --sample_outputs 1 --sample_tokens 4 --per_device_train_batch_size 4 "
+        "--save_strategy no --disable_tqdm true --use_cpu true --report_to none"
+    ).split()
+    result = launch(two_processes(), tmp_path / "ends.py", flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("wrapped: 0") == result.stdout.count("ended") == 2, result.stdout[-2000:]
+    assert (tmp_path / "idea" / "eval_results.json").exists()
+
+
 def logs_of(folder, *names):
     return [json.loads((folder / name / "trainer_state.json").read_text())["log_history"] for name in names]
 

@@ -42,7 +42,7 @@ def counting(count=8):
 
 
 def trainer_of(model, output_dir, rows, **kwargs):
-    kwargs = {"max_steps": 4, "learning_rate": 3e-3, "per_device_train_batch_size": 8, "sample_outputs": 0, **kwargs}
+    kwargs = {"max_steps": 2, "learning_rate": 3e-3, "per_device_train_batch_size": 8, "sample_outputs": 0, **kwargs}
     return IdeaTrainer(model, tiny_args(IdeaConfig, output_dir, **kwargs), train_dataset=rows, eval_dataset=rows)
 
 
@@ -61,19 +61,19 @@ COMPRESSION, BRIDGE, MIDDLE = {"encoder.norm", "encoder.to_latent"}, {"bridges.l
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"align_steps": 4}, BRIDGE),
-        ({"encoder_steps": 4}, BRIDGE | COMPRESSION),
+        ({"align_steps": 2}, BRIDGE),
+        ({"encoder_steps": 2}, BRIDGE | COMPRESSION),
         ({}, BRIDGE | COMPRESSION | MIDDLE),
         ({"middle_alone": True}, MIDDLE),
         ({"train_backbone": True}, BRIDGE | COMPRESSION | MIDDLE | {"encoder.backbone"}),
-        ({"align_steps": 2, "encoder_steps": 1, "middle_alone": True}, BRIDGE | COMPRESSION | MIDDLE),
+        ({"max_steps": 3, "align_steps": 1, "encoder_steps": 1, "middle_alone": True}, BRIDGE | COMPRESSION | MIDDLE),
     ],
 )
 def test_each_stage_moves_its_part_and_backbones_stay(reader, tmp_path, options, expected):
     """Weight decay alone moves what has no gradient, and a backbone that moved is not the one that is named."""
     model, receiver_before = idea_of(reader, steps=2), fingerprint(reader.model)
     before = copy_of(model)
-    trainer_of(model, tmp_path, counting(), weight_decay=0.1, **options).train()
+    trainer_of(model, tmp_path, counting(4), weight_decay=0.1, **options).train()
     assert moved(before, copy_of(model)) == expected
     assert fingerprint(reader.model) == receiver_before
     frozen = {name for name, x in model.named_parameters() if not x.requires_grad}
@@ -83,10 +83,10 @@ def test_each_stage_moves_its_part_and_backbones_stay(reader, tmp_path, options,
 
 def test_a_run_through_all_stages_resumes_in_its_own(reader, tmp_path):
     """A stage that is counted from the resumption on trains another model."""
-    options = {"max_steps": 6, "align_steps": 2, "encoder_steps": 2, "save_strategy": "steps", "save_steps": 3}
+    options = {"max_steps": 4, "align_steps": 1, "encoder_steps": 2, "save_strategy": "steps", "save_steps": 2}
     whole, again = idea_of(reader, steps=2), idea_of(reader, steps=2)
-    trainer_of(whole, tmp_path, counting(), **options).train()
-    trainer_of(again, tmp_path, counting(), **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    trainer_of(whole, tmp_path, counting(4), **options).train()
+    trainer_of(again, tmp_path, counting(4), **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert fingerprint(whole) == fingerprint(again)
 
 
@@ -128,7 +128,7 @@ def test_first_stages_say_the_text_itself_and_nothing_of_the_answer(reader, tmp_
     losses = []
     for answer in ("pearl", "something else altogether"):
         rows = [{**row, "answers": (answer,)} for row in rooms(0)[:8]]
-        trainer = trainer_of(idea_of(reader, steps=2), tmp_path, rows, align_steps=4, kd_weight=1.0, repeat_tokens=5)
+        trainer = trainer_of(idea_of(reader, steps=2), tmp_path, rows, align_steps=2, kd_weight=1.0, repeat_tokens=5)
         trainer.train()
         losses.append([entry["answer"] for entry in train_log(trainer)])
         assert "kd" not in train_log(trainer)[0]
@@ -138,7 +138,7 @@ def test_first_stages_say_the_text_itself_and_nothing_of_the_answer(reader, tmp_
 def test_the_best_checkpoint_is_loaded_and_samples_of_every_step_are_kept(reader, tmp_path):
     """A log of losses does not show a model that says the same to every text."""
     model = idea_of(reader, steps=2)
-    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     trainer = trainer_of(
         model,
         tmp_path,
@@ -155,7 +155,7 @@ def test_the_best_checkpoint_is_loaded_and_samples_of_every_step_are_kept(reader
     trainer.train()
     assert trainer.state.best_model_checkpoint is not None
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 2, 4, 4]
+    assert [line["step"] for line in lines] == [1, 1, 2, 2]
     assert all(len(line["said_after_each_step"]) == 3 for line in lines)
     assert lines[0]["context"] == "From 0 on." and lines[0]["answer"] == "at 0"
 

@@ -3,15 +3,32 @@
 import re
 from pathlib import Path
 
-from modeling_latentforge import LatentForgeAutoencoderConfig, LatentForgeConfig
+from modeling_latentforge import (
+    LatentForgeAutoencoderConfig,
+    LatentForgeConfig,
+    LatentForgeIdeaConfig,
+    LatentForgeWireConfig,
+)
 from modeling_latentforge.configuration_latentforge import LatentHeadConfig
 
 
-CONFIGS = (LatentForgeConfig, LatentHeadConfig, LatentForgeAutoencoderConfig)
+CONFIGS = (
+    LatentForgeConfig,
+    LatentHeadConfig,
+    LatentForgeAutoencoderConfig,
+    LatentForgeWireConfig,
+    LatentForgeIdeaConfig,
+)
 # parts, and ids that only a tokenizer knows
-NO_DEFAULTS = {"backbone_config", "autoencoder_config", "head_config", "pad_token_id", "bos_token_id", "eos_token_id"}
-# what a source must be: a table here, the paper's, or a size
-SOURCES = ("](experiments.md#", "CALM", "a size")
+NO_DEFAULTS = {
+    *("backbone_config", "autoencoder_config", "head_config", "encoder_config", "bridges"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+}
+# what a source must be: a table here, a paper or the model that the field is of, a size, or that there is none
+SOURCES = (
+    *("](experiments.md#", "CALM", "ARC-Encoder", "LatentWire", "the first model"),
+    *("a size", "a convention", "not measured"),
+)
 
 
 def faults(docs: Path) -> list[str]:
