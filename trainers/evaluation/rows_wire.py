@@ -416,7 +416,7 @@ ROWS = [
         ">= 90 % token F1",
         reconstruction,
         long=True,
-        setup=f"{TEXTS}; the Llama alone, bridge kv, 5,000 steps of 16 windows; 256 windows of novels nobody read, greedy",
+        setup=f"{TEXTS}; the Llama alone, bridge kv, 5,000 steps of 16 windows; 256 windows of novels nobody read",
     ),
     Row(
         "third_receiver",
