@@ -36,7 +36,8 @@ class LatentForgeWireConfig(ReadsInWords, PreTrainedConfig):
             [`LatentForgeWire.add_receiver`] fills it.
 
     Raises:
-        ValueError: a misspelt field, a size below 1, FSQ without levels.
+        ValueError: a misspelt field, a size below 1, FSQ without levels, levels outside 2 to 65535, a bridge that is
+            no object.
     """
 
     model_type = "latentforge_wire"

@@ -81,6 +81,14 @@ class SafeTrainer(Trainer):
         if not self._is_saving:  # it goes on in the background, and the folder is about to be renamed
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        try:
+            super().save_model(output_dir, _internal_call)
+        except Exception as error:
+            if self._is_saving or not is_write_error(error):
+                raise
+            raise write_failed(error, "The model", Path(str(self.args.output_dir))) from error
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         root = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"

@@ -177,6 +177,18 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save_leaves_the_earlier_checkpoi
     assert same(weights(again), weights(whole))
 
 
+def test_a_disk_that_is_full_for_the_last_model_says_so(tmp_path):
+    """safetensors and torch have words of their own for it, which a script takes for a fault of this code."""
+    trainer = codec_trainer(tmp_path, max_steps=2)
+    trainer.train()
+    try:
+        FullDisk(2, 20_000).on_step_end(trainer.args, trainer.state, trainer.control)
+        with pytest.raises(OSError, match="The model could not be written.*checkpoint-2 before it is whole"):
+            trainer.save_model()
+    finally:
+        FullDisk.end()
+
+
 def test_a_fault_of_ours_in_a_save_is_not_called_a_full_disk(tmp_path, monkeypatch):
     """Who is told to make room looks for the fault in the wrong place."""
 

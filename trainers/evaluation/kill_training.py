@@ -102,7 +102,7 @@ def build(kind: str, folder: Path) -> SafeTrainer:
         "use_cpu": True,
         "report_to": "none",
     }
-    blocks = {"train_dataset": token_rows(), "data_collator": PatchCollator(4)}
+    blocks: dict[str, Any] = {"train_dataset": token_rows(), "data_collator": PatchCollator(4)}
     if kind == "codec":
         return AETrainer(codec(), AEConfig(**common), **blocks)
     if kind == "wire":
