@@ -45,7 +45,7 @@ from trainers.teachers.store_rows import StoredRow, content_key, decode_row, enc
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
 
-QUICK = 30  # cases of each kind; ten thousand of all in the slow test
+QUICK = 20  # cases of each kind; ten thousand of all in the slow test
 SLOW = {
     "packets": 2500,
     "rows": 2000,
