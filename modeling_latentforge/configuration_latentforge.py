@@ -7,12 +7,12 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_autoencoder import LatentForgeAutoencoderConfig, check_fields
+from .configuration_autoencoder import LatentForgeAutoencoderConfig, ReadsInWords, check_fields
 from .token_lookup import LARGEST_ENDING
 
 
 @strict
-class LatentHeadConfig(PreTrainedConfig):
+class LatentHeadConfig(ReadsInWords, PreTrainedConfig):
     """The head: what is known before a patch -> the patch's latent.
 
     Args:
@@ -84,7 +84,7 @@ def _build_backbone_config(config: dict | PreTrainedConfig | None) -> PreTrained
 
 
 @strict
-class LatentForgeConfig(PreTrainedConfig):
+class LatentForgeConfig(ReadsInWords, PreTrainedConfig):
     """Shape of [`LatentForgeForCausalLM`].
 
     Args:

@@ -5,7 +5,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_autoencoder import check_fields
+from .configuration_autoencoder import ReadsInWords, check_fields
 from .latent_bridge import MODES
 from .latent_packet import KINDS
 
@@ -14,7 +14,7 @@ NUM_BYTES = 256  # the ids of a text without a tokenizer; the next one pads
 
 
 @strict
-class LatentForgeWireConfig(PreTrainedConfig):
+class LatentForgeWireConfig(ReadsInWords, PreTrainedConfig):
     """Shape of [`LatentForgeWire`].
 
     Args:
@@ -36,7 +36,8 @@ class LatentForgeWireConfig(PreTrainedConfig):
             [`LatentForgeWire.add_receiver`] fills it.
 
     Raises:
-        ValueError: a misspelt field, a size below 1, FSQ without levels.
+        ValueError: a misspelt field, a size below 1, FSQ without levels, levels outside 2 to 65535, a bridge that is
+            no object.
     """
 
     model_type = "latentforge_wire"
@@ -78,7 +79,14 @@ class LatentForgeWireConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}.")
         if self.quantizer not in KINDS:
             raise ValueError(f"`quantizer` must be one of {', '.join(KINDS)}, got {self.quantizer!r}.")
+        if self.quantizer == "fsq" and not self.quantizer_levels:
+            raise ValueError("`quantizer='fsq'` needs `quantizer_levels`, and there are none.")
+        wrong = [levels for levels in self.quantizer_levels if not 2 <= levels < 2**16]
+        if wrong:
+            raise ValueError(f"`quantizer_levels` must lie in 2 to 65535, got {wrong[0]}.")
         for name, bridge in (self.bridges or {}).items():
+            if not isinstance(bridge, dict):
+                raise ValueError(f"The bridge {name!r} must be an object with its sizes, got {bridge!r:.60}.")
             if bridge.get("mode", "soft") not in MODES:
                 raise ValueError(
                     f"The bridge {name!r} has the mode {bridge['mode']!r}: take one of {', '.join(MODES)}."

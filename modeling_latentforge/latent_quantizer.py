@@ -126,7 +126,16 @@ class LatentQuantizer(nn.Module):
 
     @torch.no_grad()
     def pack(self, latents: torch.Tensor) -> Packet:
-        """The latents of one message, `(M, D)`, before they were quantized."""
+        """The latents of one message, `(M, D)`, before they were quantized.
+
+        Raises:
+            ValueError: numbers that are not finite, or that the quantizer cannot hold (fp16 ends at 65504).
+        """
+        if not (latents.isfinite().all() and self(latents).isfinite().all()):
+            raise ValueError(
+                f"A message holds numbers that are not finite, or too large for {self.kind}: the encoder's weights or "
+                "its text are at fault."
+            )
         latents = latents.detach().cpu() if self.kind != "fsq" else latents.detach()
         if self.kind == "fsq":
             codes = (self._round(self.down(latents)) + self._levels(latents) // 2).long().flatten().tolist()
@@ -151,8 +160,14 @@ class LatentQuantizer(nn.Module):
         """What [`forward`] gave of the message that was packed: `(M, D)`.
 
         Raises:
-            ValueError: another quantizer's packet, or a payload of another length.
+            ValueError: another quantizer's packet, a payload of another length, or one that [`pack`] never makes.
         """
+        latents = self._unpack(packet)
+        if not latents.isfinite().all():
+            raise ValueError("The packet holds numbers that are not finite: it was not made by this code.")
+        return latents
+
+    def _unpack(self, packet: Packet) -> torch.Tensor:
         if (packet.kind, packet.numbers, packet.quantizer) != (self.kind, self.numbers, self.identity):
             raise ValueError(
                 f"The packet is of quantizer {packet.kind} with {packet.numbers} numbers per latent "

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif arguments.host not in ("127.0.0.1", "localhost", "::1"):
         print("The server has no key, and other machines reach it: set VLLM_REMOTE_API_KEY.", file=sys.stderr)
     print(f"serving {model} at http://{arguments.host}:{arguments.port}/v1", flush=True)
-    os.execve(sys.executable, [sys.executable, *command, *arguments.more], process_environment)
+    os.execve(sys.executable, [sys.executable, *command, *arguments.more], process_environment)  # nosec B606 # no shell, our own Python
 
 
 def serve_command(

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from .model_card import KINDS, LICENSE, facts_of_trainer, fill_card, license_of, public_name
+from .safe_trainer import SafeTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class LatentTrainingConfig(TrainingArguments):
     the model.
 
     Raises:
-        ValueError: `label_smoothing_factor`: the losses are the models' own.
+        ValueError: `label_smoothing_factor`: the losses are the models' own; an unknown `nonfinite_loss`.
     """
 
     report_to: None | str | list[str] = field(
@@ -58,6 +59,14 @@ class LatentTrainingConfig(TrainingArguments):
         },
     )
     project: str = field(default="latentforge", metadata={"help": "Trackio's name for what belongs together."})
+    nonfinite_loss: str = field(
+        default="stop",
+        metadata={
+            "help": "When a step's loss or gradient is NaN or infinite: stop (its batch is kept beside the "
+            "checkpoints), or skip (leave the step out; skipped_steps in the log counts).",
+            "choices": ["stop", "skip"],
+        },
+    )
 
     def __post_init__(self):
         args: Any = self
@@ -72,6 +81,8 @@ class LatentTrainingConfig(TrainingArguments):
                 f"label_smoothing_factor ({args.label_smoothing_factor}) is not possible: the loss is made in pieces "
                 "by the model and never has whole logits. Set it to 0."
             )
+        if args.nonfinite_loss not in ("stop", "skip"):
+            raise ValueError(f"nonfinite_loss must be `stop` or `skip`, got {args.nonfinite_loss!r}.")
         # without it the order of the data derives from torch.initial_seed() at the moment the loader is built: a
         # resumed run may see other batches
         if args.data_seed is None:
@@ -113,8 +124,8 @@ def end_training(trainer: Trainer) -> None:
     trainer.accelerator.end_training()
 
 
-class LatentTrainer(Trainer):
-    """HF Trainer for models that return `loss_components` next to `loss`.
+class LatentTrainer(SafeTrainer):
+    """[`SafeTrainer`] for models that return `loss_components` next to `loss`.
 
     Contract with the model: `forward(..., labels, num_items_in_batch)` divides every part, and `loss`, by
     `num_items_in_batch`; so parts add up over micro-batches and processes. Subclasses say how labels are counted
@@ -149,6 +160,7 @@ class LatentTrainer(Trainer):
         if config is not None and vars(config).pop("use_cache", None) is not None and before is not None:
             config.use_cache = before
         self._parts: dict[str, torch.Tensor] = {}
+        self._parts_before: dict[str, torch.Tensor] = {}
         self._parts_last_step: int | None = None
         self._eval_sums: dict[str, float] | None = None
         self._card_arguments: dict[str, Any] = {}
@@ -196,6 +208,12 @@ class LatentTrainer(Trainer):
             self._dispatch("on_train_failed")
             raise
 
+    def begin_step(self) -> None:
+        self._parts_before = dict(self._parts)
+
+    def take_back_step(self) -> None:
+        self._parts = self._parts_before
+
     def _dispatch(self, event: str, **kwargs: Any) -> None:
         # transformers knows no event that carries the batch, and none for failure
         for callback in self.callback_handler.callbacks:
@@ -242,7 +260,7 @@ class LatentTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # here and not in a callback: what a callback adds to `logs` reaches neither the trackers nor log_history
         if "loss" in logs and self._parts and self._parts_last_step is not None:
-            steps = max(self.state.global_step - self._parts_last_step, 1)
+            steps = max(self.state.global_step - self._parts_last_step - self.guard.skipped, 1)
             names = sorted(self._parts)
             values = torch.stack([self._parts[name] for name in names])
             # parts were divided by the count of all processes, or each by its own

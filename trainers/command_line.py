@@ -26,7 +26,7 @@ def run(main: Callable[[], Any], *errors: type[Exception], returns_status: bool 
         returned = main()
         status = returned if returns_status else 0
     except Exception as error:
-        if os.environ.get(DEBUG, "0") not in ("", "0") or not _is_users(error, errors):
+        if os.environ.get(DEBUG, "0") not in ("", "0") or not is_users(error, errors):
             raise
         message = describe(error)
         if DEBUG not in message:  # the log of a script that this one started says it already
@@ -37,7 +37,8 @@ def run(main: Callable[[], Any], *errors: type[Exception], returns_status: bool 
     sys.exit(status)
 
 
-def _is_users(error: Exception, errors: tuple[type[Exception], ...]) -> bool:
+def is_users(error: BaseException, errors: tuple[type[Exception], ...] = ()) -> bool:
+    """Whether a person can mend what an error tells of; see [`run`]."""
     from huggingface_hub.errors import StrictDataclassError
 
     from .teachers.store import StoreError

@@ -277,7 +277,8 @@ def _reasoning(record: dict[str, Any]) -> Iterator[Example | Skipped]:
 
 
 def _dialogue(record: dict[str, Any]) -> Iterator[Example | Skipped]:
-    if not (record.get("dialogue") or "").strip():  # the Hub's SAMSum has one
+    dialogue = record.get("dialogue")
+    if dialogue is None or (isinstance(dialogue, str) and not dialogue.strip()):  # the Hub's SAMSum has one
         yield Skipped("no dialogue")
         return
     dialogue, summaries = _text(record, "dialogue").replace("\r\n", "\n"), record.get("summaries")
@@ -357,7 +358,7 @@ def _token_ends(text: str, tokenizer: PreTrainedTokenizerBase) -> _EndOf:
 def _plain_text(record: dict[str, Any], cut: TextCut | None = None) -> Iterator[Example | Skipped]:
     cut = cut or TextCut()
     text = string_field(record, cut.text_field, "set text_field")
-    return cut_text(text, record.get("document", text), cut)
+    return cut_text(text, _text(record, "document") if "document" in record else text, cut)
 
 
 # ------------------------------------------------------------------------------------------------------------ registry

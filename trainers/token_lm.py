@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_latentforge.modeling_token_loss import token_loss
 
 from .base_trainer import LatentTrainingConfig
+from .safe_trainer import SafeTrainer
 
 
 ARCHITECTURES = ("granite", "llama", "gpt_neox", "qwen3")
@@ -120,8 +121,8 @@ class TokenLMConfig(LatentTrainingConfig):
     )
 
 
-class TokenLMTrainer(Trainer):
-    """HF Trainer for causal LMs whose output is one matrix (`get_output_embeddings`, without bias).
+class TokenLMTrainer(SafeTrainer):
+    """[`SafeTrainer`] for causal LMs whose output is one matrix (`get_output_embeddings`, without bias).
 
     In one process the loss goes through that matrix chunk by chunk: same loss and gradients as the model's own, but
     (tokens, vocabulary) logits are never held, which saves their memory and is 15 % faster on two CPU cores

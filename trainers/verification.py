@@ -198,7 +198,7 @@ def environment() -> dict[str, Any]:
     import transformers
 
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)  # nosec B607 # git of the PATH
         return done.stdout.strip() if done.returncode == 0 else None
 
     try:

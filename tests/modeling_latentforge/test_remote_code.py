@@ -27,7 +27,7 @@ except ImportError:
 else:
     raise SystemExit("modeling_latentforge is importable: the test would prove nothing")
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-ids = torch.load({ids!r})
+ids = torch.load({ids!r}, weights_only=True)
 codec = AutoModel.from_pretrained({codec!r}, trust_remote_code=True)
 student = AutoModelForCausalLM.from_pretrained({student!r}, trust_remote_code=True)
 again = AutoModel.from_pretrained({student!r}, trust_remote_code=True)
@@ -69,7 +69,7 @@ def test_checkpoints_load_where_the_package_is_not_installed(tmp_path):
         [sys.executable, "-I", "-c", BLOCK + code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    codec_logits, student_logits, again_logits, generated, packets = torch.load(tmp_path / "out.pt")
+    codec_logits, student_logits, again_logits, generated, packets = torch.load(tmp_path / "out.pt", weights_only=True)
     torch.testing.assert_close(packets.pop(), idea.get_latent_vector("a text", steps=2))
     assert packets == [packet.to_bytes() for packet in wire.pack(["a text"])]
     assert torch.equal(codec_logits, codec(ids).logits)

@@ -247,7 +247,7 @@ class Comparison:
         """Brier sums `(R, K)` and `counts (R,)` of the held-out rows, `weights` trained and `seconds`; kept."""
         kept = self.path(algorithm, rate)
         if kept.exists():
-            return torch.load(kept)
+            return torch.load(kept, weights_only=True)
         model, batches = self.build(algorithm), self.batches()
         start = time.perf_counter()
         for _ in optimise(model, batches, self.steps, rate):

@@ -6,6 +6,7 @@ and tokenizers, trained on novels by `scripts/train_teacher.py`, and every figur
 
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -289,8 +290,8 @@ def gates(context: Context) -> Measured:
     """The tests of the gates, each by its own."""
     found: dict[str, Any] = {}
     for number, words in GATES.items():
-        command = f"{sys.executable} -m pytest -q -p no:cacheprovider -m '' {words}"
-        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", *shlex.split(words)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         found[str(number)] = {"passed": done.returncode == 0, "said": done.stdout.strip().splitlines()[-1:]}
         context.say(f"gate {number}: {found[str(number)]['said']}")
     failed = [number for number, one in found.items() if not one["passed"]]

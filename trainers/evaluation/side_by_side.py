@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 
 from modeling_latentforge import (
     LatentForgeAutoencoder,
@@ -37,6 +37,7 @@ from modeling_latentforge import (
 
 from ..ae_config import AEConfig
 from ..ae_trainer import AETrainer
+from ..checkpoints import last_checkpoint
 from ..data import DataArguments, PatchCollator, load_blocks, load_texts
 from ..kd_config import KDConfig
 from ..kd_trainer import KDTrainer
@@ -418,8 +419,7 @@ class SideBySide:
                 teacher=teacher,
                 **common,
             )
-        last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=last_checkpoint(output_dir))
         model.save_pretrained(folder / "model.part")
         (folder / "model.part").rename(folder / "model")
         shutil.rmtree(output_dir)

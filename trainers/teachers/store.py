@@ -359,7 +359,7 @@ class SQLiteStore(KDStore):
                 values,
             )
             where = "name = ? AND revision = ? AND numerics = ? AND tokenizer = ?"
-            number = _value(connection, f"SELECT id FROM teachers WHERE {where}", values[:4])
+            number = _value(connection, f"SELECT id FROM teachers WHERE {where}", values[:4])  # nosec B608 # names of columns, values are bound
             self._teacher_ids[teacher] = number
         return self._teacher_ids[teacher]
 
@@ -371,7 +371,7 @@ class SQLiteStore(KDStore):
 
     def _number_of(self, teacher: StoredTeacher) -> int:
         where = "name = ? AND revision = ? AND numerics = ? AND tokenizer = ?"
-        query = f"SELECT coalesce(max(id), 0) FROM teachers WHERE {where}"
+        query = f"SELECT coalesce(max(id), 0) FROM teachers WHERE {where}"  # nosec B608 # as above
         return _value(self._connection(), query, astuple(teacher.identity))
 
     def shapes(self, teacher: StoredTeacher) -> dict[Shape, int]:
@@ -452,9 +452,9 @@ def _serving(shape: Shape) -> tuple[str, tuple[int, ...]]:
     """The query, with a place for its columns, for the smallest row that serves a shape, and what follows the key."""
     if shape.num_draws:
         where = "num_exact = ? AND num_draws = ? AND draw_seed = ?"
-        return f"SELECT {{}} FROM rows WHERE key = ? AND {where}", astuple(shape)
+        return f"SELECT {{}} FROM rows WHERE key = ? AND {where}", astuple(shape)  # nosec B608 # as above
     where = "num_exact >= ? ORDER BY num_exact LIMIT 1"  # the index's own order: nothing is sorted
-    return f"SELECT {{}} FROM rows WHERE key = ? AND {where}", (shape.num_exact,)
+    return f"SELECT {{}} FROM rows WHERE key = ? AND {where}", (shape.num_exact,)  # nosec B608 # as above
 
 
 def _value(connection: sqlite3.Connection, query: str, parameters: Sequence = ()):

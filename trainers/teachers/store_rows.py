@@ -181,6 +181,17 @@ def decode_row(data: bytes) -> StoredRow:
     size = positions * k
     noisy_ids, has_entropy = int(bool(flags & NOISY_IDS)), flags & HAS_ENTROPY
     packed = _HEADER.size + size * (noisy_ids + 1)
+    # what is not packed bounds the sizes: a damaged header would otherwise ask for all memory
+    if (
+        tokens < 1
+        or not 0 <= num_draws <= k
+        or k < 1
+        or not {id_bytes, token_bytes} <= {1, 2, 3, 4}
+        or packed > len(data)
+    ):
+        raise ValueError(
+            f"a row whose header says {tokens} tokens of {k} entries and {num_draws} draws: it is damaged"
+        )
     length = tokens * token_bytes + size * (id_bytes - noisy_ids + 1) + positions * 2 * (1 + has_entropy)
     try:
         body = _ZSTD.decompress(data[packed:], decompressed_size=length, asbytes=True)

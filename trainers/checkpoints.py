@@ -1,0 +1,164 @@
+"""Checkpoints that are whole or not there.
+
+    output_dir/_saving/checkpoint-12/    while it is written; what begins with `_` is never pushed
+    output_dir/checkpoint-12/            once all of its files, and SHA256SUMS of them, are on the disk
+
+A run that dies while it saves leaves the first, which no tool takes for a checkpoint. Whoever resumes compares every
+file with its sum, so that one that was cut or changed later is not taken either. `sha256sum -c SHA256SUMS` does the
+same by hand.
+"""
+
+import errno
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.trainer_callback import TrainerState
+
+
+logger = logging.getLogger(__name__)
+
+SAVING = "_saving"
+SUMS = "SHA256SUMS"
+STATE = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_LINE = re.compile(rb"([0-9a-f]{64})  ([^\n]+)\n")
+_LAST = re.compile(rb"# ([0-9a-f]{64}) of the lines above\n")
+
+
+def seal(folder: Path) -> None:
+    """Write the sums of all files in `folder`, and see that files and sums are on the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
+    lines = b"".join(f"{_sum(path)}  {path.relative_to(folder).as_posix()}\n".encode() for path in files)
+    # a list that is cut behind a line would check less, and say nothing; sha256sum takes such a line for a comment
+    last = f"# {hashlib.sha256(lines).hexdigest()} of the lines above\n".encode()
+    (folder / SUMS).write_bytes(lines + last)
+    for path in [*files, folder / SUMS, *{file.parent for file in files}, folder]:
+        _sync(path)
+
+
+def put_in_place(staged: Path, final: Path) -> None:
+    """Rename a sealed checkpoint; what has its name already is removed after that."""
+    old = staged.with_name(f"old-{final.name}")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)  # dying here leaves the staged one, which `last_checkpoint` finds by its sums
+    staged.rename(final)
+    _sync(final.parent)
+    shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def check_checkpoint(folder: str | Path) -> None:
+    """See that a checkpoint is what was written.
+
+    One without sums (of a version that wrote none) must have a readable `trainer_state.json`, which is written last.
+
+    Raises:
+        ValueError: no checkpoint, or a file that is missing, cut or changed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"There is no checkpoint {folder}: pass a folder `checkpoint-<step>`, or true for the last.")
+    if not (folder / SUMS).exists():
+        try:
+            TrainerState.load_from_json(str(folder / STATE))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"The checkpoint {folder} is not whole: it has no {SUMS}, and {STATE} cannot be read ({error}). "
+                "Resume from an earlier one."
+            ) from error
+        return
+    for name, expected in _sums_of(folder).items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"The checkpoint {folder} is not whole: {name} is missing. Resume from an earlier one.")
+        if _sum(path) != expected:
+            raise ValueError(
+                f"The checkpoint {folder} is damaged: {name} is not what was written. Resume from an earlier one."
+            )
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest whole checkpoint below `output_dir`, None where there is none; others are named in a warning."""
+    root = Path(output_dir)
+    found = [*_numbered(root), *((step, path) for step, path in _numbered(root / SAVING) if (path / SUMS).exists())]
+    for _, path in sorted(found, key=lambda item: item[0], reverse=True):
+        try:
+            check_checkpoint(path)
+        except ValueError as error:
+            logger.warning("%s", error)
+        else:
+            return str(path)
+    return None
+
+
+def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond `limit`; the newest and the best stay."""
+    if not limit or limit < 1:
+        return
+    steps = [path for _, path in sorted(_numbered(output_dir))]
+    kept = {steps[-1], *([Path(best)] if best is not None else [])} if steps else set()
+    surplus = len(steps) - max(limit, len(kept))
+    for path in [path for path in steps if path not in kept][: max(surplus, 0)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Whether a save failed at the disk, by what the writers raise: Python's, safetensors' and torch's own."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+    if isinstance(error, SafetensorError):
+        return "I/O error" in str(error) or "IoError" in str(error)
+    return isinstance(error, RuntimeError) and ("inline_container" in str(error) or "PytorchStream" in str(error))
+
+
+def write_failed(error: BaseException, name: str, output_dir: Path) -> OSError:
+    """What to say about it."""
+    last = last_checkpoint(output_dir)
+    rest = "There is no earlier checkpoint." if last is None else f"{Path(last).name} before it is whole."
+    on = ": go on with --resume_from_checkpoint true" if last is not None else ""
+    free = shutil.disk_usage(output_dir).free / 2**20
+    return OSError(
+        f"{name} could not be written to {output_dir}, where {free:.0f} MiB are free ({error}). {rest} Make room, or "
+        f"keep fewer (--save_total_limit){on}."
+    )
+
+
+def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
+    if folder.is_dir():
+        for path in folder.iterdir():
+            name = _NAME.fullmatch(path.name)
+            if name is not None and path.is_dir():
+                yield int(name[1]), path
+
+
+def _sums_of(folder: Path) -> dict[str, str]:
+    data = (folder / SUMS).read_bytes()
+    start = data.rfind(b"# ")
+    lines, last = data[: max(start, 0)], _LAST.fullmatch(data[max(start, 0) :])
+    if last is None or last[1].decode() != hashlib.sha256(lines).hexdigest():
+        raise ValueError(f"The checkpoint {folder} is damaged: {SUMS} is. Resume from an earlier one.")
+    return {name.decode(): digest.decode() for digest, name in _LINE.findall(lines)}
+
+
+def _sum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
