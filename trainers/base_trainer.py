@@ -113,7 +113,7 @@ class LatentTrainingConfig(TrainingArguments):
         return {"true": True, "false": None}.get(str(value).lower(), value)
 
 
-def end_training(trainer: Trainer) -> None:
+def end_training(trainer: SafeTrainer) -> None:
     """Finish trackers and leave the process group; the last line of a script, for every process. The trainer can
     train no more."""
     # Gloo's threads need Python's lock to let go of the last collective's tensors. Destroying the group waits for them
