@@ -103,6 +103,11 @@ class LatentAdapter(nn.Module):
         return hidden + update.to(hidden.dtype)
 
 
+def _of_slots(values: torch.Tensor, count: int) -> torch.Tensor:
+    """The first `count` rows; the last one stands for those that are not there."""
+    return values[torch.arange(count, device=values.device).clamp(max=len(values) - 1)]
+
+
 class LatentBridge(nn.Module):
     """See the drawing at the top of the file.
 
@@ -110,7 +115,7 @@ class LatentBridge(nn.Module):
         shape: of the receiver.
         latent_size: D.
         mode: one of `MODES`.
-        max_slots: slots with a size of their own; further ones share the last's.
+        max_slots: slots with a size (`soft`) or a place (`kv`) of their own; further ones share the last's.
         hidden_size: of the MLP; default twice D.
         pooled_slots: of `pooled_kv`.
         static_slots: before the message's.
@@ -119,6 +124,9 @@ class LatentBridge(nn.Module):
         calibration: of the slots of `soft`: `embed_rms` brings each to the receiver's embedding size, `none` leaves
             them as they are.
         adapter_layers: of `cross`; default every fourth, from the third on.
+
+    Keys of `kv` stand at no position, so without places a receiver could not tell one slot from another: the second
+    token of a text would be looked for in all of them (measured: docs/experiments.md).
 
     Slots of `soft` are normalised and brought to the receiver's embedding size, message by message: outside it frozen
     layers read noise.
@@ -183,6 +191,8 @@ class LatentBridge(nn.Module):
                 self.log_size = nn.Parameter(torch.full((max_slots,), self.log_start))
         else:
             slots = pooled_slots if mode == "pooled_kv" else 1
+            if mode == "kv":
+                self.place = nn.Parameter(torch.zeros(max_slots, latent_size))
             self.out = nn.Linear(
                 hidden_size, slots * shape.num_layers * 2 * shape.num_key_value_heads * shape.head_dim
             )
@@ -203,8 +213,7 @@ class LatentBridge(nn.Module):
                 slots = self.out(self.mlp(inner)) + self.skip(inner)
             if self.is_calibrated:
                 slots = slots * (slots.float().square().mean(-1, keepdim=True) + self.eps).rsqrt().to(slots.dtype)
-                number = torch.arange(slots.shape[1], device=slots.device).clamp(max=len(self.log_size) - 1)
-                slots = slots * self.log_size[number].exp()[:, None]
+                slots = slots * _of_slots(self.log_size, slots.shape[1]).exp()[:, None]
             injection.embeds, injection.mask = slots, mask
         else:
             inner = self.norm(latents)
@@ -212,6 +221,8 @@ class LatentBridge(nn.Module):
                 weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
                 inner = (inner * weights[..., None]).sum(1, keepdim=True)
                 mask = mask.new_ones(len(mask), self.pooled_slots)
+            else:
+                inner = inner + _of_slots(self.place, inner.shape[1])
             shape = self.shape
             sizes = (-1, shape.num_layers, 2, shape.num_key_value_heads, shape.head_dim)
             of_slots = self.out(self.mlp(inner)).flatten(1).unflatten(1, sizes)  # (B, S, L, 2, h, d)

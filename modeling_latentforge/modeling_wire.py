@@ -88,6 +88,8 @@ class LatentForgeWire(CompleteCheckpointMixin, PreTrainedModel):
         if isinstance(module, LatentBridge):
             if module.static is not None:
                 init.normal_(module.static, 0.0, module.shape.embed_rms)
+            if module.mode == "kv":
+                init.zeros_(module.place)
             if module.mode == "soft" and module.is_calibrated:
                 init.constant_(module.log_size, module.log_start)
 

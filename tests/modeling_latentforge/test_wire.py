@@ -223,6 +223,24 @@ def test_every_mode_carries_the_message(mode):
     assert not torch.allclose(*reads, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["soft", "kv"])
+def test_the_order_of_latents_is_read(mode):
+    """A receiver that gets a message as a bag of keys cannot say what comes first."""
+    model = wire(mode)
+    bridge = model.bridges["llama"]
+    if mode == "kv":  # as they are after training
+        torch.nn.init.normal_(bridge.place)
+    message = model.encode(CONTEXTS[:1])
+    nats = []
+    for latents in (message.last_hidden_state, message.last_hidden_state.flip(1)):
+        injection = bridge(latents, message.latent_mask)
+        receiver = model.receiver("llama")
+        with torch.no_grad():
+            said, _ = receiver.answer_logits(injection, receiver.compose(injection, PROMPTS[:1], ANSWERS[:1]))
+        nats.append(said)
+    assert not torch.allclose(*nats, atol=1e-3)
+
+
 @pytest.mark.parametrize("pooling", ["ratio", "queries", "patches"])
 def test_padding_of_a_message_changes_nothing(pooling):
     """Bytes of padding that are read are how a short text got another meaning in a long batch."""
