@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, seed_worker
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, seed_worker
 
 from .model_card import KINDS, LICENSE, facts_of_trainer, fill_card, license_of, public_name
+from .preemption import StopOnSignal, TrainingStopped
 from .sharding import in_one_group, shard_on_cpu
 from .streaming import POSITION_KEY, PackedStream, Position
 
@@ -102,8 +103,11 @@ class LatentTrainingConfig(TrainingArguments):
 
     def checkpoint(self) -> str | bool | None:
         """`resume_from_checkpoint` as [`Trainer.train`] takes it: a directory, or True (`true` on the command line)
-        for the last in `output_dir`."""
+        for the last in `output_dir`; `auto` is the last where there is one, and a beginning where there is none."""
         value = self.resume_from_checkpoint
+        if str(value).lower() == "auto":
+            folder = self.output_dir
+            return get_last_checkpoint(folder) if folder is not None and os.path.isdir(folder) else None
         return {"true": True, "false": None}.get(str(value).lower(), value)
 
 
@@ -128,10 +132,14 @@ class LatentTrainer(Trainer):
     over exactly the rows of the dataset (copies that even out processes do not count), in a random state of its own:
     whether and when a run evaluates does not change what it learns.
 
+    SIGUSR1 ends training after the running step, with a checkpoint ([`TrainingStopped`]): what runs until then loses
+    nothing where a cluster takes its machine back.
+
     Callbacks may define two events beside the stock ones: `on_inputs(args, state, control, inputs, model)` sees and
     may fill every batch before its forward, `on_train_failed(args, state, control)` is told that training raised.
 
     Raises:
+        TrainingStopped: by [`train`], after SIGUSR1.
         ValueError: with several GPUs in one process (DataParallel): token positions and loss parts do not survive its
             splitting.
     """
@@ -203,11 +211,20 @@ class LatentTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._parts.clear()
         self._parts_last_step = None
+        stop = StopOnSignal(self.accelerator)
+        self.add_callback(stop)
         try:
-            return super().train(*args, **kwargs)
+            with stop:
+                output = super().train(*args, **kwargs)
         except BaseException:
             self._dispatch("on_train_failed")
             raise
+        finally:
+            self.remove_callback(stop)
+        if stop.stops:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            raise TrainingStopped(str(folder), self.end)
+        return output
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None

@@ -11,6 +11,8 @@ import pytest
 from tests.conftest import tiny_autoencoder
 from tests.modeling_latentforge.test_wire import receiver
 from tests.trainers.training_helpers import TEXT, byte_tokenizer, tiny_teacher
+from trainers.evaluation.rows_scale_distributed import LAYOUTS, TOLERANCE, compare
+from trainers.evaluation.rows_scale_distributed import launch as rows_launch
 
 
 ROOT = Path(__file__).parents[2]
@@ -112,3 +114,29 @@ def test_two_processes_train_the_wire_that_one_does(tmp_path):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-4), (name, ours.get("step"))
         steps += "loss" in theirs
     assert steps == 4 and any("text" in entry for entry in one) and any("eval_answer_gpt2" in entry for entry in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["codec", "student"])
+def test_a_step_is_the_same_however_it_is_spread(kind, tmp_path):
+    """A loss that is normalised per process weighs short rows more, and a model in shares may be another one."""
+    runs = {}
+    for processes, accumulation in LAYOUTS:
+        folder = tmp_path / f"{processes}x{accumulation}"
+        folder.mkdir()
+        cases = [f"{kind}-{way}" for way in (("ddp",) if processes == 1 else ("ddp", "fsdp2"))]
+        rows_launch("distributed_runs", folder, processes, accumulation, *cases)
+        for case in cases:
+            runs[f"{case} {folder.name}"] = json.loads((folder / f"{case}.json").read_text())
+    assert len(runs) == 5 and all(len(run["log"]) == 10 for run in runs.values())
+    assert max(compare(runs).values()) <= TOLERANCE, compare(runs)
+    nll = [run["eval_nll"] for run in runs.values()]
+    assert max(nll) - min(nll) <= TOLERANCE
+    for name, run in runs.items():
+        # the whole model, and a sharded checkpoint after `accelerate merge-weights`
+        assert set(run["logits_differ_by"]) == {"final", "checkpoint"}
+        assert max(run["logits_differ_by"].values()) <= 1e-6, name
+        if "fsdp2" in name:
+            assert run["in_shares"]
+            assert all(weight.startswith("autoencoder.") for weight in run["whole"])
+            assert bool(run["whole"]) == (kind == "student")

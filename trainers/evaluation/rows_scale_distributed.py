@@ -1,0 +1,100 @@
+"""Rows of `make verify TOPIC=scale` about several processes: one loss however a step is spread, streams over a kill."""
+
+import json
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+from ..verification import ROOT, Context, Measured, Row
+
+
+LAYOUTS = ((1, 8), (2, 4), (4, 2))  # processes, batches that each accumulates
+TOLERANCE = 1e-5
+
+
+def launch(module: str, *arguments: Any) -> None:
+    """Run a module of this package in a process of its own.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it printed.
+    """
+    command = [sys.executable, "-m", f"{__package__}.{module}", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{module} {arguments} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+
+
+def compare(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Largest difference of a logged loss from the first run's, by run."""
+    first, *_ = runs.values()
+    return {
+        name: max(abs(x["loss"] - y["loss"]) for x, y in zip(run["log"], first["log"], strict=True))
+        for name, run in runs.items()
+    }
+
+
+def global_loss(context: Context) -> Measured:
+    differ: dict[str, float] = {}
+    logits: dict[str, float] = {}
+    shares: dict[str, str] = {}
+    for kind in ("codec", "student"):
+        runs = {}
+        for processes, accumulation in LAYOUTS:
+            folder = context.work_dir / f"{kind}-{processes}x{accumulation}"
+            folder.mkdir(parents=True, exist_ok=True)
+            cases = [f"{kind}-{way}" for way in (("ddp",) if processes == 1 else ("ddp", "fsdp2"))]
+            context.say(f"{kind}: {processes} processes, {accumulation} batches each")
+            launch("distributed_runs", folder, processes, accumulation, *cases)
+            for case in cases:
+                name = f"{case} {processes} x {accumulation}"
+                runs[name] = run = json.loads((folder / f"{case}.json").read_text())
+                if case.endswith("fsdp2"):
+                    logits |= {f"{name}, {place}": value for place, value in run["logits_differ_by"].items()}
+                    shares[name] = f"{len(run['in_shares'])} in shares, {len(run['whole'])} whole"
+        differ |= compare(runs)
+    worst, furthest = max(differ.values()), max(logits.values())
+    sharded = all(not share.startswith("0 ") for share in shares.values())
+    return Measured(
+        f"losses differ by at most {worst:.1e}; sharded save, plain load: logits differ by {furthest:.1e}",
+        worst <= TOLERANCE and furthest <= 1e-6 and sharded,
+        {"loss": differ, "logits": logits, "weights": shares},
+    )
+
+
+def streaming(context: Context) -> Measured:
+    figures = {}
+    for shuffle_rows, kill_after in ((0, 7), (24, 10)):
+        name = f"{'shuffled' if shuffle_rows else 'in order'}, killed after step {kill_after}"
+        context.say(name)
+        folder = context.work_dir / f"{shuffle_rows}-{kill_after}"
+        shutil.rmtree(folder, ignore_errors=True)  # checkpoints of an earlier measurement
+        launch("streaming_runs", folder, 2, 2, kill_after, shuffle_rows)
+        figures[name] = json.loads((folder / "counted.json").read_text())
+    right = all(
+        figure["times"] == {"1": figure["documents"]} and not figure["damaged"] and figure["killed"] == [-9, -9]
+        for figure in figures.values()
+    )
+    told = "; ".join(
+        f"{name}: " + ", ".join(f"{count} documents {times} x" for times, count in figure["times"].items())
+        for name, figure in figures.items()
+    )
+    return Measured(told, right, figures)
+
+
+ROWS: list[Row] = [
+    Row(
+        "global_loss",
+        "loss of 1 x 8, 2 x 4, 4 x 2 (processes x accumulation), DDP and FSDP2, CPU",
+        "equal to 1e-5 over 10 steps; sharded save -> plain load: same logits",
+        global_loss,
+        setup="codec 32 wide, student 2 x 32 with a teacher, K=4, rows with 1 to 31 labels, fp32, gloo, one seed",
+    ),
+    Row(
+        "streaming",
+        "documents of a stream that is killed and gone on with, 2 ranks x 2 workers",
+        "each id exactly once",
+        streaming,
+        setup="120 documents of 20 to 200 bytes in 5 Parquet files, blocks of 64, checkpoint every 3 steps, SIGKILL",
+    ),
+]
