@@ -170,8 +170,7 @@ def load_blocks(
 
     Raises:
         ValueError: block_size is no multiple of patch_size, no EOS token, empty corpus, broken JSONL line, held-out
-        text
-            missing or too small.
+            text missing or too small.
         FileNotFoundError: no such file or folder.
     """
     packing = _Packing.of(tokenizer, data_args.block_size, patch_size, seed)
@@ -474,8 +473,8 @@ def _resolve(data: str, split: str, args: DataArguments) -> _Source:
         return _HubSplit(data, args.dataset_config, split, args.text_field, args.cache_dir, args.streaming)
     parquet = [path] if path.suffix == ".parquet" else sorted(path.glob("*.parquet"))
     if parquet:
-        files = tuple(str(file) for file in parquet)
-        return _HubSplit("parquet", None, "train", args.text_field, args.cache_dir, args.streaming, files)
+        names = tuple(str(file) for file in parquet)
+        return _HubSplit("parquet", None, "train", args.text_field, args.cache_dir, args.streaming, names)
     if path.is_file():
         if path.suffix.lower() in RECORD_SUFFIXES:
             raise ValueError(

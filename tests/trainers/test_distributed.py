@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from modeling_latentforge import LatentForgeForCausalLM
 from tests.conftest import tiny_autoencoder
 from tests.modeling_latentforge.test_wire import receiver
 from tests.trainers.training_helpers import TEXT, byte_tokenizer, tiny_teacher
@@ -140,3 +142,29 @@ def test_a_step_is_the_same_however_it_is_spread(kind, tmp_path):
             assert run["in_shares"]
             assert all(weight.startswith("autoencoder.") for weight in run["whole"])
             assert bool(run["whole"]) == (kind == "student")
+
+
+@pytest.mark.slow
+def test_the_docs_command_shares_a_student(tmp_path):
+    """The file of accelerate, its launcher and the script: any may drop FSDP, and the run looks the same."""
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT * 6))
+    for name, model in (("autoencoder", tiny_autoencoder()), ("teacher", tiny_teacher())):
+        model.save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    page = (ROOT / "docs" / "how_to" / "multi_gpu.md").read_text()
+    (command,) = [line for line in page.splitlines() if line.startswith(".venv/bin/accelerate launch")]
+    words = command.replace("runs/demo", str(tmp_path)).replace("builtin:python", f"{tmp_path}/text.jsonl")
+    words = words.replace("checkpoints/student", f"{tmp_path}/student").split()[2:]
+    flags = f"--cache_dir {tmp_path}/cache --max_steps 2 --block_size 32 --hidden_size 32 --intermediate_size 64"
+    flags += " --num_hidden_layers 1 --num_attention_heads 2 --save_steps 2 --report_to none"
+    script = words.index("scripts/train_student.py")
+    result = launch(
+        " ".join(["accelerate.commands.launch", "--main_process_port 0", *words[:script]]),
+        "train_student.py",
+        [*words[script + 1 :], *flags.split()],
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert sorted(re.findall(r"process (\d): world_size=2", result.stdout)) == ["0", "1"]
+    assert (tmp_path / "student" / "checkpoint-2" / "pytorch_model_fsdp_0").is_dir()  # shares
+    student = LatentForgeForCausalLM.from_pretrained(tmp_path / "student")  # whole
+    assert torch.isfinite(student(torch.arange(12)[None]).logits).all()

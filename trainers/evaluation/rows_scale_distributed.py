@@ -1,4 +1,4 @@
-"""Rows of `make verify TOPIC=scale` about several processes: one loss however a step is spread, streams over a kill."""
+"""Rows of `make verify TOPIC=scale`: one loss however a step is spread, streams over a kill, the documentation."""
 
 import json
 import shutil
@@ -82,6 +82,29 @@ def streaming(context: Context) -> Measured:
     return Measured(told, right, figures)
 
 
+def docs(context: Context) -> Measured:
+    def run(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    built = run("mkdocs", "build", "--strict", "--site-dir", str(context.work_dir / "site"))
+    warnings = [line for line in built.stderr.splitlines() if line.startswith(("WARNING", "ERROR"))]
+    tests = (
+        "tests/test_docs.py",
+        "tests/test_readme.py",
+        "tests/scripts/test_demo.py",
+        "tests/trainers/test_distributed.py",
+    )
+    words = "docs or documentation or readme or tutorial"
+    tested = run("pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", "--timeout", "1800", "-k", words, *tests)
+    *_, last = tested.stdout.strip().splitlines() or [tested.stderr[-300:]]
+    site = "not built" if built.returncode else "built"
+    return Measured(
+        f"{site}, {len(warnings)} warnings; code blocks: {last.strip('= ')}",
+        not built.returncode and not warnings and not tested.returncode,
+        {"warnings": warnings, "tests": tested.stdout[-3000:]},
+    )
+
+
 ROWS: list[Row] = [
     Row(
         "global_loss",
@@ -96,5 +119,13 @@ ROWS: list[Row] = [
         "each id exactly once",
         streaming,
         setup="120 documents of 20 to 200 bytes in 5 Parquet files, blocks of 64, checkpoint every 3 steps, SIGKILL",
+    ),
+    Row(
+        "docs",
+        "documentation: links, docstrings, code blocks",
+        "build without warnings; every code block runs",
+        docs,
+        setup="mkdocs build --strict; the tests that run the blocks of the new pages and of the README",
+        also=("docs", "mkdocs.yml", "README.md", "tests/test_docs.py"),
     ),
 ]
