@@ -140,8 +140,8 @@ class LatentTrainer(Trainer):
 
     Raises:
         TrainingStopped: by [`train`], after SIGUSR1.
-        ValueError: with several GPUs in one process (DataParallel): token positions and loss parts do not survive its
-            splitting.
+        ValueError: several GPUs in one process (DataParallel): token positions and loss parts do
+            not survive its splitting.
     """
 
     part_names: tuple[str, ...] = ()
