@@ -140,8 +140,8 @@ class LatentTrainer(Trainer):
 
     Raises:
         TrainingStopped: by [`train`], after SIGUSR1.
-        ValueError: several GPUs in one process (DataParallel): token positions and loss parts do
-            not survive its splitting.
+        ValueError: with several GPUs in one process (DataParallel): token positions and loss parts do not survive its
+            splitting.
     """
 
     part_names: tuple[str, ...] = ()
@@ -307,6 +307,7 @@ class LatentTrainer(Trainer):
         # to go on is the stream's affair; transformers would read everything again and throw it away
         self._begins_anew = args.ignore_data_skip and not self._skips_by_itself
         args.ignore_data_skip = self._skips_by_itself = True
+        self._second_pass = None
         return DataLoader(
             self._stream,
             batch_size=self._train_batch_size,

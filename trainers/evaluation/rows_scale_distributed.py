@@ -35,24 +35,23 @@ def compare(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def global_loss(context: Context) -> Measured:
-    differ: dict[str, float] = {}
+    runs: dict[str, dict[str, dict[str, Any]]] = {"codec": {}, "student": {}}
     logits: dict[str, float] = {}
     shares: dict[str, str] = {}
-    for kind in ("codec", "student"):
-        runs = {}
-        for processes, accumulation in LAYOUTS:
-            folder = context.work_dir / f"{kind}-{processes}x{accumulation}"
-            folder.mkdir(parents=True, exist_ok=True)
-            cases = [f"{kind}-{way}" for way in (("ddp",) if processes == 1 else ("ddp", "fsdp2"))]
-            context.say(f"{kind}: {processes} processes, {accumulation} batches each")
-            launch("distributed_runs", folder, processes, accumulation, *cases)
-            for case in cases:
-                name = f"{case} {processes} x {accumulation}"
-                runs[name] = run = json.loads((folder / f"{case}.json").read_text())
-                if case.endswith("fsdp2"):
-                    logits |= {f"{name}, {place}": value for place, value in run["logits_differ_by"].items()}
-                    shares[name] = f"{len(run['in_shares'])} in shares, {len(run['whole'])} whole"
-        differ |= compare(runs)
+    for processes, accumulation in LAYOUTS:
+        context.say(f"{processes} processes, {accumulation} batches each")
+        folder = context.work_dir / f"{processes}x{accumulation}"
+        folder.mkdir(parents=True, exist_ok=True)
+        ways = ("ddp",) if processes == 1 else ("ddp", "fsdp2")
+        cases = [(kind, way) for kind in runs for way in ways]
+        launch("distributed_runs", folder, processes, accumulation, *(f"{kind}-{way}" for kind, way in cases))
+        for kind, way in cases:
+            name = f"{kind}-{way} {processes} x {accumulation}"
+            runs[kind][name] = run = json.loads((folder / f"{kind}-{way}.json").read_text())
+            if way == "fsdp2":
+                logits |= {f"{name}, {place}": value for place, value in run["logits_differ_by"].items()}
+                shares[name] = f"{len(run['in_shares'])} in shares, {len(run['whole'])} whole"
+    differ = compare(runs["codec"]) | compare(runs["student"])
     worst, furthest = max(differ.values()), max(logits.values())
     sharded = all(not share.startswith("0 ") for share in shares.values())
     return Measured(
