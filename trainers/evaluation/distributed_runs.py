@@ -100,7 +100,7 @@ def trainer_of(kind: str, output_dir: Path, accumulation: int, **kwargs: Any) ->
         "disable_tqdm": True,
         **kwargs,
     }
-    data = {
+    data: dict[str, Any] = {
         "train_dataset": rows(STEPS * ROWS_A_STEP),
         "eval_dataset": rows(5),
         "data_collator": PatchCollator(PATCH),
@@ -149,7 +149,7 @@ def run_case(case: str, folder: Path, accumulation: int) -> dict[str, Any]:
         merge_fsdp_weights(str(checkpoint / "pytorch_model_fsdp_0"), str(checkpoint))  # waits for all processes
         model.config.save_pretrained(checkpoint)
     if trainer.is_world_process_zero():
-        loaders = {"codec": LatentForgeAutoencoder, "student": LatentForgeForCausalLM}
+        loaders: dict[str, Any] = {"codec": LatentForgeAutoencoder, "student": LatentForgeForCausalLM}
         for name, place in (("final", output_dir), ("checkpoint", checkpoint)):
             with torch.no_grad():
                 logits = loaders[kind].from_pretrained(place).eval()(input_ids=ids).logits

@@ -72,7 +72,7 @@ class Recorder(TrainerCallback):
         control.should_training_stop = True
 
 
-def train(folder: Path, num_workers: int, kill_after: int | None, shuffle_rows: int) -> None:
+def train(folder: Path, num_workers: int, kill_after: int | None) -> None:
     rank = os.environ["RANK"]
     tokenizer = byte_tokenizer()
     arguments = DataArguments(
@@ -80,7 +80,6 @@ def train(folder: Path, num_workers: int, kill_after: int | None, shuffle_rows: 
         eval_data=str(folder / "held_out.txt"),
         block_size=64,
         streaming=True,
-        shuffle_buffer_size=shuffle_rows,
     )
     stream, held_out = load_blocks(arguments, tokenizer, PATCH, seed=0)
     recorder = Recorder(folder / f"{'first' if kill_after else 'second'}-{rank}.jsonl", kill_after)
@@ -139,16 +138,16 @@ def count(folder: Path, texts: list[str], processes: int, last_step: int) -> dic
     }
 
 
-def main(folder: str, processes: str, num_workers: str, kill_after: str, shuffle_rows: str = "0") -> int:
+def main(folder: str, processes: str, num_workers: str, kill_after: str) -> int:
     root = Path(folder)
     texts = write_documents(root / "documents")
     (root / "held_out.txt").write_text("A text apart.\n" * 8)
 
     def first(rank: int) -> None:
-        train(root, int(num_workers), int(kill_after), int(shuffle_rows))
+        train(root, int(num_workers), int(kill_after))
 
     def second(rank: int) -> None:
-        train(root, int(num_workers), None, int(shuffle_rows))
+        train(root, int(num_workers), None)
 
     killed = in_processes(int(processes), first)
     ended = in_processes(int(processes), second)
