@@ -242,6 +242,14 @@ $(AUDIT_VENV)/.installed:
 coverage: setup ## the quick suite with line coverage of both packages; fails below 90 %
 	$(BIN)/python -m pytest -q --cov --cov-report term --cov-fail-under 90
 
+.PHONY: docs
+docs: setup $(VENV)/.docs ## the documentation as a site, build/docs; a broken link or docstring fails
+	$(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
 .PHONY: verify
 verify: setup ## measure the targets of a topic (TOPIC ROW) and say which fall short
 	$(BIN)/python scripts/verify.py --topic "$(TOPIC)" $(if $(ROW),--row "$(ROW)")

@@ -16,6 +16,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -257,7 +258,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         teacher: PreTrainedModel | str,
         autoencoder: LatentForgeAutoencoder,
         layers: list[int] | None = None,
-        **config_kwargs,
+        **config_kwargs: Any,
     ) -> "LatentForgeForCausalLM":
         """A student whose backbone starts as a pretrained language model's.
 

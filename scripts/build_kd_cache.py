@@ -246,7 +246,8 @@ def load_rows(args: BuildArguments, data_args: Any, tokenizer: Any, patch_size: 
 
     if data_args.streaming:
         raise ValueError("streaming: the rows of a store are counted first; drop --streaming.")
-    train, held_out = load_blocks(data_args, tokenizer, patch_size, args.data_seed)
+    blocks: tuple[Any, Any] = load_blocks(data_args, tokenizer, patch_size, args.data_seed)
+    train, held_out = blocks
     source = {
         "data": data_args.data,
         "block_size": data_args.block_size,

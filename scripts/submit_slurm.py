@@ -2,10 +2,17 @@
 
     python scripts/submit_slurm.py --time 4:00:00 --account lab -- python scripts/train_wire.py --config my.yaml
     python scripts/submit_slurm.py --gpus 4 --nodes 2 --mem 200G --dry_run -- python scripts/train_wire.py ...
+    python scripts/submit_slurm.py --time 1-00:00:00 --requeue 300 -- python scripts/train_student.py \\
+        --config my.yaml --resume_from_checkpoint auto
 
 What follows `--` is run on the node as it stands here: spaces, quotes and dollars reach the command unharmed. With
 more than one GPU in all, `python script ...` becomes `accelerate launch`, one process a GPU. --dry_run prints the job
 and submits nothing. Where there is an sbatch, it checks the job first (`sbatch --test-only`).
+
+With --requeue a job whose time is nearly over gets SIGUSR1, keeps a checkpoint, ends, and is put back in the queue;
+the same command then goes on from there, again and again until the training is done. Clusters that preempt jobs
+send it too where they are configured so (`PreemptParameters=send_user_signal`), and so does
+`scancel --signal=USR1 --batch JOB`.
 """
 
 import re
@@ -28,6 +35,25 @@ FILE = re.compile(r"[\w./%@+-]+")
 RENDEZVOUS = """HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MAIN_ADDRESS="${HOSTS%%$'\\n'*}"
 export MAIN_PORT=$((20000 + SLURM_JOB_ID % 20000))"""
+# SLURM signals every process of a step: launchers ignore it, trainers take it up once they train, so it is repeated
+REQUEUE = """ASKED=
+trap 'ASKED=1' USR1
+srun bash -c 'trap "" USR1; exec "$@"' job {command} &
+STEP=$!
+while kill -0 "$STEP" 2>/dev/null; do
+    if [ -z "$ASKED" ]; then
+        wait "$STEP" || true
+    else
+        scancel --signal=USR1 "$SLURM_JOB_ID" || true
+        sleep 3
+    fi
+done
+STATUS=0
+wait "$STEP" || STATUS=$?
+if [ -n "$ASKED" ] && [ "$STATUS" -eq 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$STATUS\""""
 
 
 @dataclass
@@ -43,10 +69,17 @@ class SlurmArguments:
     partition: str | None = field(default=None, metadata={"help": "Which queue; default: the cluster's default."})
     job_name: str = field(default="latentforge", metadata={"help": "As squeue shows it."})
     output: str = field(default="slurm-%j.out", metadata={"help": "File of what the job prints; %j is its number."})
+    requeue: int = field(
+        default=0,
+        metadata={
+            "help": "Seconds before its end at which the job is told to keep a checkpoint, and then goes back into "
+            "the queue; 0: it ends as it is. Take several times what a step and a checkpoint need."
+        },
+    )
     dry_run: bool = field(default=False, metadata={"help": "Print the job and submit nothing."})
 
     def __post_init__(self) -> None:
-        for name, least in (("gpus", 0), ("nodes", 1), ("cpus", 1)):
+        for name, least in (("gpus", 0), ("nodes", 1), ("cpus", 1), ("requeue", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.nodes > 1 and not self.gpus:
@@ -102,13 +135,26 @@ def fill_template(arguments: SlurmArguments, command: Sequence[str]) -> str:
     """
     if not command:
         raise ValueError("there is no command: write it after `--`, as in `-- python scripts/train_wire.py ...`")
+    if arguments.requeue and not any(word.startswith("--resume_from_checkpoint") for word in command):
+        raise ValueError(
+            "a job that goes back into the queue would begin anew each time: add --resume_from_checkpoint auto to the "
+            "command, or drop --requeue"
+        )
     environment, words = launched(command, arguments)
     directives = [f"#SBATCH --gpus-per-node={arguments.gpus}"] if arguments.gpus else []
     for name in ("account", "partition"):
         if getattr(arguments, name) is not None:
             directives.append(f"#SBATCH --{name}={getattr(arguments, name)}")
+    if arguments.requeue:
+        # the file of a run is gone on with, too
+        directives += [
+            "#SBATCH --requeue",
+            f"#SBATCH --signal=B:USR1@{arguments.requeue}",
+            "#SBATCH --open-mode=append",
+        ]
     values = {name: str(getattr(arguments, name)) for name in ("job_name", "time", "nodes", "cpus", "mem", "output")}
-    values |= {"directives": "\n".join(directives), "environment": environment, "command": " ".join(words)}
+    values |= {"directives": "\n".join(directives), "environment": environment}
+    values["run"] = (REQUEUE if arguments.requeue else "srun {command}").replace("{command}", " ".join(words))
     values["threads"] = str(max(1, arguments.cpus // max(1, arguments.gpus)))
     text = re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
     return re.sub(r"\n{2,}", "\n", text)

@@ -18,6 +18,8 @@ LONGEST_LINE = 1000
 def run(main: Callable[[], Any], *errors: type[Exception], returns_status: bool = False) -> NoReturn:
     """Call a script's `main`, and end the process: with 0, or with what `main` returns if that is a status.
 
+    A training that was asked to stop (SIGUSR1) ends it with 0: there is a checkpoint, and nothing to mend.
+
     What a person can mend ends it with 1 and `<script>: error: <message>` on standard error: ValueError, OSError
     (`TeacherUnavailable` is one), ImportError, `StoreError`, a configuration that its own checks refuse, and `errors`.
     Anything else is a fault of ours and keeps its traceback; LATENTFORGE_DEBUG=1 shows it for all.
@@ -26,6 +28,10 @@ def run(main: Callable[[], Any], *errors: type[Exception], returns_status: bool 
         returned = main()
         status = returned if returns_status else 0
     except Exception as error:
+        if _was_stopped(error):
+            sys.stderr.write(f"{Path(sys.argv[0]).name}: {error}.\n")
+            error.end()  # type: ignore[attr-defined]
+            sys.exit(0)
         if os.environ.get(DEBUG, "0") not in ("", "0") or not is_users(error, errors):
             raise
         message = describe(error)
@@ -35,6 +41,11 @@ def run(main: Callable[[], Any], *errors: type[Exception], returns_status: bool 
         # the traceback is let go first: what its frames hold (workers, a process group) ends as after any return
         status = 1
     sys.exit(status)
+
+
+def _was_stopped(error: Exception) -> bool:
+    preemption = sys.modules.get("trainers.preemption")  # scripts that train have imported it
+    return preemption is not None and isinstance(error, preemption.TrainingStopped)
 
 
 def is_users(error: BaseException, errors: tuple[type[Exception], ...] = ()) -> bool:

@@ -37,6 +37,8 @@ from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
+from .streaming import POSITION_KEY, PackedStream
+
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ BUILTIN_CORPORA = ("builtin:python",)
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 FOLDER_SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 # Text around the text: read as it is, a model would learn braces and commas.
-RECORD_SUFFIXES = (".json", ".csv", ".tsv", ".parquet", ".arrow", ".xml")
+RECORD_SUFFIXES = (".json", ".csv", ".tsv", ".arrow", ".xml")
 # Part of every cache key: raise it when the same input gives other pieces, tokens or blocks than before.
 FORMAT_VERSION = 2
 IGNORE_INDEX = -100
@@ -61,7 +63,8 @@ class DataArguments:
         default="builtin:python",
         metadata={
             "help": "Training text: a text file (lines that read <|endoftext|> part documents), a folder (its .txt, "
-            ".md, .py and .jsonl files), a .jsonl file, a Hub dataset id, or builtin:python (the standard library)."
+            ".md, .py and .jsonl files, or its .parquet files), a .jsonl or .parquet file, a Hub dataset id, or "
+            "builtin:python (the standard library)."
         },
     )
     eval_data: str | None = field(
@@ -89,10 +92,15 @@ class DataArguments:
         default=False, metadata={"help": "Tokenise and pack while training, nothing is stored; needs --max_steps."}
     )
     streaming_shards: int = field(
-        default=1, metadata={"help": "Shares a stream can be dealt out in: processes x dataloader workers."}
+        default=1,
+        metadata={
+            "help": "Shares a stream of text or JSONL files is dealt out in: processes x dataloader workers. A Hub "
+            "dataset and Parquet have their files."
+        },
     )
     shuffle_buffer_size: int = field(
-        default=0, metadata={"help": "Blocks held back to shuffle a stream; 0 keeps the order of the text."}
+        default=0,
+        metadata={"help": "Blocks of a stream that are held back and shuffled together; 0 keeps the text's order."},
     )
 
     def __post_init__(self) -> None:
@@ -133,7 +141,7 @@ def load_texts(data_args: DataArguments) -> tuple[Dataset, Dataset]:
 
 def load_blocks(
     data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, patch_size: int, seed: int
-) -> tuple[Dataset | IterableDataset, Dataset]:
+) -> tuple[Dataset | PackedStream, Dataset]:
     """Tokenise and pack a corpus. The same arguments give the same blocks, whatever model they are for: a token LM
     that is to be compared with a student loads its blocks with the student's `patch_size`.
 
@@ -144,11 +152,10 @@ def load_blocks(
 
     `max_train_tokens` keeps the first blocks and tokenises little more than that.
 
-    Streaming (`data_args.streaming`): the training set is a `datasets.IterableDataset` in `streaming_shards` shards,
-    each of which reads the text, keeps every `streaming_shards`-th document and packs it. Shards are dealt out to
-    dataloader workers (at most `streaming_shards` of them work) and to processes: by `split_dataset_by_node`, or by
-    Trainer with `accelerator_config={"dispatch_batches": false}`; by default Trainer reads in process 0 and sends each
-    process its rows. With one shard the stream holds the same tokens in the same order as the map-style set. Held-out
+    Streaming (`data_args.streaming`): the training set is a `PackedStream`. Our trainers give every process and every
+    dataloader worker a share of its documents and go on exactly where a checkpoint was; with another trainer, process
+    0 reads and sends each its rows. Text and JSONL files are dealt out in `streaming_shards` shares, a Hub dataset and
+    Parquet by file. With one share the stream holds the same tokens in the same order as the map-style set. Held-out
     text is read first, up to `max_eval_tokens` (default 262144), and kept in memory.
 
     Args:
@@ -163,8 +170,7 @@ def load_blocks(
 
     Raises:
         ValueError: block_size is no multiple of patch_size, no EOS token, empty corpus, broken JSONL line, held-out
-        text
-            missing or too small.
+            text missing or too small.
         FileNotFoundError: no such file or folder.
     """
     packing = _Packing.of(tokenizer, data_args.block_size, patch_size, seed)
@@ -192,7 +198,8 @@ class PatchCollator:
     Args:
         patch_size: tokens per patch, K.
 
-    Call: a list of B rows, each a dict of lists or arrays (T,) -> a dict of `torch.long` tensors (B, T).
+    Call: a list of B rows, each a dict of lists or arrays (T,) -> a dict of `torch.long` tensors (B, T), and the last
+    row's place in a stream as it is.
 
     Raises:
         ValueError: rows of different lengths, or T no multiple of `patch_size`.
@@ -200,7 +207,7 @@ class PatchCollator:
 
     patch_size: int = 1
 
-    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         lengths = {len(row["input_ids"]) for row in features}
         if len(lengths) > 1:
             raise ValueError(
@@ -209,10 +216,14 @@ class PatchCollator:
         length = lengths.pop()
         if length % self.patch_size:
             raise ValueError(f"rows of {length} tokens: " + _multiple_hint("block_size", length, self.patch_size))
-        return {
+        batch: dict[str, Any] = {
             name: torch.from_numpy(np.stack([np.asarray(row[name]) for row in features]).astype(np.int64))
             for name in features[0]
+            if name != POSITION_KEY
         }
+        if POSITION_KEY in features[-1]:
+            batch[POSITION_KEY] = features[-1][POSITION_KEY]  # behind the last of its rows
+        return batch
 
 
 # ------------------------------------------------------------------------------------------------------------- readers
@@ -274,16 +285,25 @@ def string_field(row: Any, name: str, remedy: str) -> str:
 
 
 def load_hub_split(
-    name: str, config: str | None, split: str, cache_dir: str | None = None, streaming: bool = False
+    name: str,
+    config: str | None,
+    split: str,
+    cache_dir: str | None = None,
+    streaming: bool = False,
+    data_files: list[str] | None = None,
 ) -> Any:
-    """One split of a Hub dataset.
+    """One split of a Hub dataset, or with `data_files` of files on this machine, of the format `name`.
 
     Raises:
         ValueError: it could not be loaded.
     """
     try:
-        return datasets.load_dataset(name, config, split=split, cache_dir=cache_dir, streaming=streaming)
+        return datasets.load_dataset(
+            name, config, split=split, cache_dir=cache_dir, streaming=streaming, data_files=data_files
+        )
     except Exception as error:
+        if data_files:
+            raise ValueError(f"{data_files[0]}: {type(error).__name__}: {error}") from error
         raise ValueError(
             f"{name!r} is neither a file or folder here nor a Hub dataset that could be loaded "
             f"(configuration {config}, split {split}): {type(error).__name__}: {error}"
@@ -340,6 +360,11 @@ class _Files:
             for text in texts:
                 yield _Document(text, text)
 
+    def stream(self, num_shards: int, span: tuple[float, float]) -> IterableDataset:
+        """What `PackedStream` reads; every share reads all files and keeps its documents."""
+        shards = {"shards": list(range(num_shards)), "num_shards": num_shards, "source": self, "span": span}
+        return IterableDataset.from_generator(_share_of_documents, gen_kwargs=shards)
+
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(self.text_field.encode())
         for key, path in self.files:
@@ -385,23 +410,39 @@ class _HubSplit:
     text_field: str
     cache_dir: str | None
     streaming: bool
+    data_files: tuple[str, ...] = ()  # Parquet files on this machine, as a dataset named `parquet`
 
     def documents(self) -> Iterator[_Document]:
         for index, row in enumerate(self._load()):
-            text = row.get(self.text_field)
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"{self.name}, split {self.split}, row {index}: field {self.text_field!r} must be a string, got "
-                    f"{text!r:.60}; fields are {sorted(row)}: set text_field"
-                )
-            for kept in _non_empty(text):
+            for kept in _non_empty(self._text_of(row, f", row {index}")):
                 yield _Document(kept, kept)
+
+    def _text_of(self, row: dict[str, Any], place: str = "") -> str:
+        text = row.get(self.text_field)
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{self.name}, split {self.split}{place}: field {self.text_field!r} must be a string, got "
+                f"{text!r:.60}; fields are {sorted(row)}: set text_field"
+            )
+        return text
+
+    def stream(self, num_shards: int, span: tuple[float, float]) -> IterableDataset:
+        """What `PackedStream` reads: its files are its shards."""
+        return self._load(streaming=True).map(partial(self._document_of, span))
+
+    def _document_of(self, span: tuple[float, float], row: dict[str, Any]) -> dict[str, Any]:
+        text = self._text_of(row)
+        kept = span[0] <= hash_position(text) < span[1] if text.strip() else None
+        return {"text": text, "index": None, "kept": kept}
 
     def fingerprint(self) -> str:
         return f"{self.text_field}\0{self._load()._fingerprint}"
 
-    def _load(self) -> Any:
-        return load_hub_split(self.name, self.config, self.split, self.cache_dir, self.streaming)
+    def _load(self, streaming: bool | None = None) -> Any:
+        streaming = self.streaming if streaming is None else streaming
+        return load_hub_split(
+            self.name, self.config, self.split, self.cache_dir, streaming, list(self.data_files) or None
+        )
 
 
 _Source = _Files | _HubSplit
@@ -430,6 +471,10 @@ def _resolve(data: str, split: str, args: DataArguments) -> _Source:
     path = local_path(data)
     if path is None:
         return _HubSplit(data, args.dataset_config, split, args.text_field, args.cache_dir, args.streaming)
+    parquet = [path] if path.suffix == ".parquet" else sorted(path.glob("*.parquet"))
+    if parquet:
+        names = tuple(str(file) for file in parquet)
+        return _HubSplit("parquet", None, "train", args.text_field, args.cache_dir, args.streaming, names)
     if path.is_file():
         if path.suffix.lower() in RECORD_SUFFIXES:
             raise ValueError(
@@ -574,7 +619,7 @@ def _cut(text: str) -> Iterator[tuple[str, bool]]:
 
 def _describe(source: _Source) -> str:
     if isinstance(source, _HubSplit):
-        return f"{source.name} (split {source.split})"
+        return ", ".join(source.data_files) or f"{source.name} (split {source.split})"
     return source.files[0][1] if len(source.files) == 1 else f"the {len(source.files)} files"
 
 
@@ -672,30 +717,37 @@ class _Packing:
         digest = hashlib.blake2b(f"{self.seed}:{document}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") % self.patch_size
 
+    def places(self, tokens: np.ndarray, document: int, begins: bool, ends: bool) -> np.ndarray:
+        """What a piece of a document takes of a row: pads before its beginning, EOS after its end."""
+        parts = [np.full(self.phase(document), _NOTHING, dtype=np.int32)] if begins else []
+        parts.append(tokens)
+        if ends:
+            parts.append(np.array([self.eos_token_id], dtype=np.int32))
+        return np.concatenate(parts)
+
     def rows(self, pieces: Iterable[tuple[np.ndarray, int, bool]]) -> Iterator[dict[str, np.ndarray]]:
         """Pack (tokens, document, whether the piece ends it) into columns of several rows at a time, (R, T)."""
-        eos = np.array([self.eos_token_id], dtype=np.int32)
         buffer: list[np.ndarray] = []
         size, begins = 0, True
         for tokens, document, last in pieces:
-            if begins:
-                buffer.append(np.full(self.phase(document), _NOTHING, dtype=np.int32))
-            buffer.append(tokens)
-            if last:
-                buffer.append(eos)
+            buffer.append(self.places(tokens, document, begins, last))
             begins = last
-            size += len(tokens)
+            size += len(buffer[-1])
             if size >= 16 * self.block_size:
                 places = np.concatenate(buffer)
                 full = len(places) - len(places) % self.block_size
-                yield self._columns(places[:full])
+                yield self.columns(places[:full])
                 buffer, size = [places[full:]], 0
         rest = np.concatenate(buffer) if buffer else np.zeros(0, dtype=np.int32)
         if len(rest):
-            filler = np.full(-len(rest) % self.block_size, _NOTHING, dtype=np.int32)
-            yield self._columns(np.concatenate([rest, filler]))
+            yield self.columns(self.filled(rest))
 
-    def _columns(self, places: np.ndarray) -> dict[str, np.ndarray]:
+    def filled(self, places: np.ndarray) -> np.ndarray:
+        """With nothing behind the last place, up to a whole row."""
+        return np.concatenate([places, np.full(-len(places) % self.block_size, _NOTHING, dtype=np.int32)])
+
+    def columns(self, places: np.ndarray) -> dict[str, np.ndarray]:
+        """Places of R whole rows -> columns (R, T)."""
         places = places.reshape(-1, self.block_size)
         real = places != _NOTHING
         asked = real.copy()
@@ -785,7 +837,7 @@ def _iterate_tokens(tokens: Dataset) -> Iterator[tuple[np.ndarray, int, bool]]:
 
 def _stream_blocks(
     args: DataArguments, tokenizer: PreTrainedTokenizerBase, packing: _Packing
-) -> tuple[IterableDataset, Dataset]:
+) -> tuple[PackedStream, Dataset]:
     source, eval_source = _train_source(args), _eval_source(args)
     num_blocks = (args.max_eval_tokens or max(STREAMING_EVAL_TOKENS, args.block_size)) // args.block_size
     if eval_source is None:
@@ -794,58 +846,32 @@ def _stream_blocks(
                 f"{args.data} has fewer than {MIN_DOCUMENTS_TO_SPLIT} documents, and a stream has no end to hold out: "
                 "give eval_data, or drop streaming"
             )
-        below, above = args.eval_fraction, args.eval_fraction
+        held_out = args.eval_fraction
     else:
-        below, above = 1.0, 0.0
-    stream = partial(_stream_rows, tokenizer=tokenizer, packing=packing)
-    evaluation = list(islice(stream([0], source=eval_source or source, num_shards=1, span=(0.0, below)), num_blocks))
+        held_out = 0.0
+
+    def stream(documents: IterableDataset, **kwargs: Any) -> PackedStream:
+        return PackedStream(documents, packing, _cut, partial(_tokenise, tokenizer), **kwargs)
+
+    judged = (eval_source or source).stream(1, (0.0, held_out if eval_source is None else 1.0))
+    evaluation = list(islice(stream(judged), num_blocks))
     if not evaluation:
         raise ValueError(f"{args.eval_data or args.data} has no held-out text: give eval_data, or raise eval_fraction")
     columns = {name: [row[name] for row in evaluation] for name in packing.features}
-    train = IterableDataset.from_generator(
-        stream,
-        features=packing.features,
-        gen_kwargs={
-            "shards": list(range(args.streaming_shards)),
-            "source": source,
-            "num_shards": args.streaming_shards,
-            "span": (above, 1.0),
-        },
+    train = stream(
+        source.stream(args.streaming_shards, (held_out, 1.0)),
+        max_rows=None if args.max_train_tokens is None else args.max_train_tokens // args.block_size,
+        shuffle_rows=max(1, args.shuffle_buffer_size),
     )
-    if args.shuffle_buffer_size:
-        train = train.shuffle(seed=packing.seed, buffer_size=args.shuffle_buffer_size)
-    if args.max_train_tokens is not None:
-        train = train.take(args.max_train_tokens // args.block_size)
-    return train.with_format("numpy"), Dataset.from_dict(columns, features=packing.features).with_format("numpy")
+    return train, Dataset.from_dict(columns, features=packing.features).with_format("numpy")
 
 
-def _stream_rows(
-    shards: list[int],
-    source: _Source,
-    num_shards: int,
-    span: tuple[float, float],
-    tokenizer: PreTrainedTokenizerBase,
-    packing: _Packing,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Rows of the documents whose position lies in `span`, one share of the documents after another."""
+def _share_of_documents(shards: list[int], num_shards: int, source: "_Files", span: tuple[float, float]) -> Any:
     for shard in shards:
-        pieces = (
-            (text, index, last)
-            for index, document in enumerate(source.documents())
-            if index % num_shards == shard and span[0] <= document.position < span[1]
-            for text, last in _cut(document.text)
-        )
-        for columns in packing.rows(_tokenise_stream(pieces, tokenizer)):
-            for row in range(len(columns["input_ids"])):
-                yield {name: values[row] for name, values in columns.items()}
-
-
-def _tokenise_stream(
-    pieces: Iterator[tuple[str, int, bool]], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[np.ndarray, int, bool]]:
-    while batch := list(islice(pieces, 32)):
-        texts, documents, lasts = zip(*batch, strict=True)
-        yield from zip(_tokenise(tokenizer, list(texts)), documents, lasts, strict=True)
+        for index, document in enumerate(source.documents()):
+            if index % num_shards == shard:
+                kept = span[0] <= document.position < span[1]
+                yield {"text": document.text, "index": index, "kept": kept}
 
 
 def _local_main_process_first() -> AbstractContextManager[Any]:

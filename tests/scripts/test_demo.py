@@ -288,6 +288,18 @@ def test_the_readme_s_commands_and_python_run_on_the_demo_s_folders(
     assert list(json.loads(judged.read_text())["brier"]) == ["student", "teacher", "student_parallel"]
 
 
+def test_the_tutorials_python_runs(finished: tuple[DemoArguments, dict], capsys: pytest.CaptureFixture):
+    """Half an hour of somebody's time ends in a traceback."""
+    tutorial = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", tutorial, re.MULTILINE | re.DOTALL)
+    namespace: dict = {}
+    for block in blocks:
+        exec(compile(block.replace("runs/demo", finished[0].output_dir), "tutorial.md", "exec"), namespace)
+    told = capsys.readouterr().out
+    assert len(blocks) == 2 and "steps of the backbone" in told and "of the tokens come back" in told
+    assert 0 < namespace["steps"] < 32
+
+
 @pytest.mark.slow
 def test_the_demo_runs_from_the_command_line_in_processes(corpus: Path, tmp_path: Path):
     """What `make demo` types: processes, logs, and the memory of each."""

@@ -4,13 +4,19 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from scripts.submit_slurm import main
+from tests.trainers.training_helpers import TEXT, byte_tokenizer
+
+
+ROOT = Path(__file__).parents[2]
 
 
 AWKWARD = [
@@ -188,3 +194,67 @@ def test_a_job_without_a_command_or_with_one_that_has_no_processes_is_refused():
         main(["--dry_run"])
     with pytest.raises(ValueError, match="4 processes run a Python script"):
         main(["--dry_run", "--gpus", "4", "--", "make", "demo"])
+
+
+@pytest.mark.slow
+def test_a_job_that_is_told_to_stop_keeps_a_checkpoint_and_goes_back_into_the_queue(tmp_path: Path, capsys):
+    """Hours on a busy cluster end at its time limit with nothing, or a job that failed is started again for ever."""
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT * 8))
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    flags = (
+        f"--data {tmp_path}/text.jsonl --tokenizer {tmp_path}/tokenizer --output_dir {tmp_path}/run --patch_size 4 "
+        f"--latent_size 8 --hidden_size 16 --intermediate_size 16 --block_size 32 --cache_dir {tmp_path}/cache "
+        "--max_steps 100000 --per_device_train_batch_size 1 --logging_steps 100000 --save_strategy no "
+        "--report_to none --disable_tqdm true --use_cpu true --resume_from_checkpoint auto"
+    ).split()
+    command = [sys.executable, str(ROOT / "scripts" / "train_autoencoder.py"), *flags]
+    job = dry(capsys, "--gpus", "0", "--requeue", "60", "--", *command)
+    assert "#SBATCH --requeue\n" in job and "#SBATCH --signal=B:USR1@60\n" in job
+    checked(job, tmp_path)
+    # signals every process of the step, as SLURM does
+    session = f"for pid in $(cat {tmp_path}/step); do kill -USR1 -- -$pid; done"
+    tool(tmp_path / "bin", "scancel", f'echo "$*" >> {tmp_path}/calls; {session}')
+    tool(tmp_path / "bin", "scontrol", f'echo "$*" >> {tmp_path}/calls')
+    # as a step: a session of its own
+    tool(tmp_path / "bin", "srun", f'setsid "$@" & echo $! > {tmp_path}/step; wait $!')
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    environment |= {"SLURM_SUBMIT_DIR": str(ROOT), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    (tmp_path / "job").write_text(job)
+    process = subprocess.Popen(
+        ["bash", str(tmp_path / "job")], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    time.sleep(1.0)
+    process.send_signal(signal.SIGUSR1)  # long before the first step: it is repeated until it is heard
+    _, errors = process.communicate(timeout=250)
+    assert process.returncode == 0, errors[-2000:]
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert "training was asked to stop (SIGUSR1)" in errors and checkpoint.name in errors
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[0] == "--signal=USR1 7" and calls[-1] == "requeue 7" and calls.count("requeue 7") == 1
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    # back from the queue, the same command goes on
+    last = int(state["global_step"]) + 2
+    done = subprocess.run(
+        [*command, "--max_steps", str(last)], env=environment, capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    assert log["global_step"] == last
+
+
+@pytest.mark.parametrize(("body", "status"), [("exit 3", 3), ("exit 0", 0)])
+def test_a_job_that_nobody_asked_to_stop_is_not_put_back(body, status, tmp_path: Path, capsys):
+    """A wrong flag would otherwise run into the same error until somebody looks."""
+    tool(tmp_path / "bin", "srun", '"$@"')
+    tool(tmp_path / "bin", "scontrol", f"touch {tmp_path}/requeued")
+    job = dry(capsys, "--requeue", "60", "--", "bash", "-c", body, "--resume_from_checkpoint", "auto")
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash"], input=job, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_a_job_that_would_begin_anew_each_time_is_refused():
+    """It would train its first hours again and again."""
+    with pytest.raises(ValueError, match="add --resume_from_checkpoint auto"):
+        main(["--dry_run", "--requeue", "60", "--", "python", "scripts/train_student.py"])

@@ -6,14 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import IterableDataset
-from datasets.distributed import split_dataset_by_node
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 import trainers.data as data_module
 from trainers.data import DataArguments, PatchCollator, load_blocks, load_texts
+from trainers.streaming import PackedStream
 
 
 K = 4
@@ -455,7 +454,7 @@ def test_a_stream_holds_the_map_style_blocks(jsonl, tokenizer, tmp_path, streame
     """Streaming is a way to read, not another data set."""
     train, held_out = load_blocks(arguments(jsonl, tmp_path), tokenizer, K, seed=0)
     stream, stream_held_out = streamed()
-    assert isinstance(stream, IterableDataset)
+    assert isinstance(stream, PackedStream)
     assert same(stream, train)
     assert same(stream_held_out, held_out)
     capped, _ = streamed(max_train_tokens=5 * BLOCK)
@@ -469,7 +468,7 @@ def test_workers_and_processes_share_a_stream_without_overlap(texts, tokenizer, 
     loader = DataLoader(stream, batch_size=3, num_workers=2, collate_fn=PatchCollator(K))
     by_workers = [tuple(row) for batch in loader for row in batch["input_ids"].tolist()]
     assert len(set(by_workers)) == len(by_workers)
-    shares = [split_dataset_by_node(stream, rank=rank, world_size=2) for rank in range(2)]
+    shares = [stream.for_process(rank, 2) for rank in range(2)]
     documents = [decoded_documents(share, tokenizer) for share in shares]
     assert sorted(documents[0] + documents[1]) == sorted(whole)
     assert min(map(len, documents)) > 10

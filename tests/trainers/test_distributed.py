@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from modeling_latentforge import LatentForgeForCausalLM
 from tests.conftest import tiny_autoencoder
 from tests.modeling_latentforge.test_wire import receiver
 from tests.trainers.training_helpers import TEXT, byte_tokenizer, tiny_teacher
+from trainers.evaluation.rows_scale_distributed import LAYOUTS, TOLERANCE, compare
+from trainers.evaluation.rows_scale_distributed import launch as rows_launch
 
 
 ROOT = Path(__file__).parents[2]
@@ -151,3 +155,55 @@ def test_two_processes_train_the_wire_that_one_does(tmp_path):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-4), (name, ours.get("step"))
         steps += "loss" in theirs
     assert steps == 4 and any("text" in entry for entry in one) and any("eval_answer_gpt2" in entry for entry in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["codec", "student"])
+def test_a_step_is_the_same_however_it_is_spread(kind, tmp_path):
+    """A loss that is normalised per process weighs short rows more, and a model in shares may be another one."""
+    runs = {}
+    for processes, accumulation in LAYOUTS:
+        folder = tmp_path / f"{processes}x{accumulation}"
+        folder.mkdir()
+        cases = [f"{kind}-{way}" for way in (("ddp",) if processes == 1 else ("ddp", "fsdp2"))]
+        rows_launch("distributed_runs", folder, processes, accumulation, *cases)
+        for case in cases:
+            runs[f"{case} {folder.name}"] = json.loads((folder / f"{case}.json").read_text())
+    assert len(runs) == 5 and all(len(run["log"]) == 10 for run in runs.values())
+    assert max(compare(runs).values()) <= TOLERANCE, compare(runs)
+    nll = [run["eval_nll"] for run in runs.values()]
+    assert max(nll) - min(nll) <= TOLERANCE
+    for name, run in runs.items():
+        # the whole model, and a sharded checkpoint after `accelerate merge-weights`
+        assert set(run["logits_differ_by"]) == {"final", "checkpoint"}
+        assert max(run["logits_differ_by"].values()) <= 1e-6, name
+        if "fsdp2" in name:
+            assert run["in_shares"]
+            assert all(weight.startswith("autoencoder.") for weight in run["whole"])
+            assert bool(run["whole"]) == (kind == "student")
+
+
+@pytest.mark.slow
+def test_the_docs_command_shares_a_student(tmp_path):
+    """The file of accelerate, its launcher and the script: any may drop FSDP, and the run looks the same."""
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT * 6))
+    for name, model in (("autoencoder", tiny_autoencoder()), ("teacher", tiny_teacher())):
+        model.save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    page = (ROOT / "docs" / "how_to" / "multi_gpu.md").read_text()
+    (command,) = [line for line in page.splitlines() if line.startswith(".venv/bin/accelerate launch")]
+    words = command.replace("runs/demo", str(tmp_path)).replace("builtin:python", f"{tmp_path}/text.jsonl")
+    words = words.replace("checkpoints/student", f"{tmp_path}/student").split()[2:]
+    flags = f"--cache_dir {tmp_path}/cache --max_steps 2 --block_size 32 --hidden_size 32 --intermediate_size 64"
+    flags += " --num_hidden_layers 1 --num_attention_heads 2 --save_steps 2 --report_to none"
+    script = words.index("scripts/train_student.py")
+    result = launch(
+        " ".join(["accelerate.commands.launch", "--main_process_port 0", *words[:script]]),
+        "train_student.py",
+        [*words[script + 1 :], *flags.split()],
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert sorted(re.findall(r"process (\d): world_size=2", result.stdout)) == ["0", "1"]
+    assert (tmp_path / "student" / "checkpoint-2" / "pytorch_model_fsdp_0").is_dir()  # shares
+    student = LatentForgeForCausalLM.from_pretrained(tmp_path / "student")  # whole
+    assert torch.isfinite(student(torch.arange(12)[None]).logits).all()

@@ -1,0 +1,54 @@
+"""FSDP2 for our models: what accelerate does for stock ones only, and on accelerators only."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+
+def shard_on_cpu(accelerator: Any, plugin_kwargs: dict[str, Any] | None) -> None:
+    """Let processes on a CPU shard too where FSDP is asked for.
+
+    accelerate 1.15 knows FSDP between accelerators only; between CPUs it drops the request without a word, and
+    every process trains a whole copy.
+
+    Args:
+        accelerator: as built; where it shards already, or nobody asked, nothing is changed.
+        plugin_kwargs: of [`FullyShardedDataParallelPlugin`]; what they leave out is read from the environment that
+            `accelerate launch` sets.
+    """
+    state = accelerator.state
+    asked = plugin_kwargs is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not asked or state.distributed_type != DistributedType.MULTI_CPU:
+        return
+    plugin = FullyShardedDataParallelPlugin(**(plugin_kwargs or {}))
+    if state.mixed_precision != "no":
+        plugin.set_mixed_precision(state.mixed_precision)
+    state.fsdp_plugin = plugin
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+@contextmanager
+def in_one_group(model: nn.Module) -> Iterator[None]:
+    """While accelerate shards `model`, its embeddings and its output matrix stay with the root.
+
+    accelerate gives them groups of their own, which are gathered when `lm_head.forward` is called. Our losses read
+    `lm_head.weight` and never call it: they would meet a shard. The root's group is gathered for the whole forward.
+    """
+
+    def unseen(method: Callable[[], Any]) -> Callable[[], Any]:
+        return lambda: method() if isinstance(model, FSDPModule) else None
+
+    names = ("get_input_embeddings", "get_output_embeddings")
+    for name in names:
+        setattr(model, name, unseen(getattr(model, name)))
+    try:
+        yield
+    finally:
+        for name in names:
+            delattr(model, name)
