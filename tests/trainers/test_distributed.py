@@ -13,8 +13,8 @@ from modeling_latentforge import LatentForgeForCausalLM
 from tests.conftest import tiny_autoencoder
 from tests.modeling_latentforge.test_wire import receiver
 from tests.trainers.training_helpers import TEXT, byte_tokenizer, tiny_teacher
-from trainers.evaluation.rows_scale_distributed import LAYOUTS, TOLERANCE, compare
-from trainers.evaluation.rows_scale_distributed import launch as rows_launch
+from trainers.evaluation.distributed_rows import LAYOUTS, TOLERANCE, compare
+from trainers.evaluation.distributed_rows import launch as rows_launch
 
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.trainers.training_helpers import byte_tokenizer
 from trainers.data import DataArguments, PatchCollator, load_blocks
-from trainers.evaluation.rows_scale_distributed import launch
+from trainers.evaluation.distributed_rows import launch
 from trainers.streaming import POSITION_KEY, PackedStream
 
 

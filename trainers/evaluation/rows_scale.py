@@ -9,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree  # nosec B405 # of what pytest has just written here
 
 from ..verification import ROOT, Context, Measured, Row
+from . import distributed_rows
 from .audit import ServiceAway, advisories, bandit_findings
 
 
@@ -111,4 +112,5 @@ ROWS = [
         setup="pip-audit from the environment of make audit",
         also=("pyproject.toml",),
     ),
+    *distributed_rows.ROWS,
 ]
