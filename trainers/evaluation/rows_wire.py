@@ -185,7 +185,7 @@ def in_words(name: str, found: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def continuation(context: Context, count: int = 512) -> Measured:
+def continuation(context: Context, count: int = 2048) -> Measured:
     wire = loaded(context, both(context))
     examples = held_out(wire.tokenizer, count, context_tokens=CONTEXT_TOKENS, answer_tokens=ANSWER_TOKENS)
     found = {name: shares(wire, name, examples) for name in TOGETHER}
@@ -409,7 +409,7 @@ ROWS = [
         continuation,
         long=True,
         setup=f"{TEXTS}; one encoder of two layers that begin as the Llama's, soft prompts, 1,500 steps of 16; "
-        "512 windows of novels nobody read, first 32 tokens",
+        "2,048 windows of novels nobody read, first 32 tokens",
     ),
     Row(
         "reconstruction",
