@@ -115,6 +115,7 @@ def test_no_key_stands_in_the_repository():
 # -- bandit and pip-audit
 
 
+@pytest.mark.slow  # `make audit` in CI
 def test_bandit_finds_nothing_that_is_not_explained():
     """A finding among hundreds that nobody has looked at is one that nobody sees."""
     pytest.importorskip("bandit")

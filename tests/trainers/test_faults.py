@@ -157,7 +157,14 @@ class FullDisk(TrainerCallback):
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
-@pytest.mark.parametrize(("most", "file"), [(20_000, "weights"), (130_000, "optimizer"), (1_000, "config")])
+@pytest.mark.parametrize(
+    ("most", "file"),
+    [
+        (20_000, "weights"),
+        pytest.param(130_000, "optimizer", marks=pytest.mark.slow),
+        pytest.param(1_000, "config", marks=pytest.mark.slow),
+    ],
+)
 def test_a_disk_that_is_full_in_the_middle_of_a_save_leaves_the_earlier_checkpoint(tmp_path, most, file):
     """A checkpoint cut in the middle that has the newest name is the one that everybody resumes from."""
     full = FullDisk(4, most)
