@@ -22,6 +22,7 @@ from .token_lookup import ending_sizes, find_continuations
 
 KeyValue = tuple[torch.Tensor, torch.Tensor]
 _LARGEST_TABLE = 2**25  # elements: 128 MiB of fp32
+_PLAIN = (nn.Embedding, nn.Linear, nn.RMSNorm, nn.Embedding, nn.Embedding)  # what a table is made of
 
 
 def compact(x: torch.Tensor) -> torch.Tensor:
@@ -126,6 +127,8 @@ class LatentForgeTokenLookup(nn.Module):
 
     def boundaries_on(self, device: torch.device) -> torch.Tensor:
         """The sizes, for [`extend_history`]."""
+        if torch.compiler.is_compiling():  # a constant there; kept, a CUDA graph's output would outlive its graph
+            return torch.tensor(self.sizes, dtype=torch.int8, device=device)
         if self._boundaries is None or self._boundaries.device != device:
             with torch.inference_mode(False):
                 self._boundaries = torch.tensor(self.sizes, dtype=torch.int8, device=device)
@@ -274,6 +277,8 @@ class LatentForgePatchDecoder(nn.Module):
     def embed_lookup(self, ids: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
         """What was found for each token, `(B, T)` each -> `(B, T, E)`."""
         assert self.lookup is not None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._lookup_table = None  # as in `train`, where a model learns in eval mode
         return self.lookup(self.embed_tokens(ids), levels)
 
     def step_lookup(self, ids: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -286,26 +291,25 @@ class LatentForgePatchDecoder(nn.Module):
 
     def _table_of_lookup(self) -> _LookupTable | None:
         """Made at the first step after a change of the weights. None where gradients are wanted, weights are no plain
-        parameters (LoRA, quantised, offloaded), or the vocabulary is large."""
+        parameters (LoRA, quantised, offloaded), or the vocabulary is large.
+
+        In eval mode a write through `.data` is not seen: call `eval()` after it.
+        """
         lookup, table = self.lookup, self._lookup_table
         assert lookup is not None
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        weights = (
-            self.embed_tokens.weight,
-            lookup.projection.weight,
-            lookup.norm.weight,
-            lookup.gate.weight,
-            lookup.level.weight,
-        )
+        parts = (self.embed_tokens, lookup.projection, lookup.norm, lookup.gate, lookup.level)
+        # before the table: an adapter that wraps a part leaves its weight as it was
+        if tuple(map(type, parts)) != _PLAIN:
+            return None
+        weights = tuple(part.weight for part in parts)
+        if any(type(x) is not nn.Parameter or x.is_meta or x.is_inference() for x in weights):
+            return None
         if table is not None and table.made_of == _state_of(weights):
             return table
-        plain = type(self.embed_tokens) is nn.Embedding and type(lookup.projection) is nn.Linear
-        if (
-            not plain
-            or self.embed_tokens.weight.numel() > _LARGEST_TABLE
-            or any(type(x) is not nn.Parameter or x.is_meta or x.is_inference() for x in weights)
-        ):
+        # dtypes of several kinds need the autocast that is left out below
+        if weights[0].numel() > _LARGEST_TABLE or weights[0].dtype != weights[1].dtype:
             return None
         device = self.embed_tokens.weight.device.type
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
@@ -324,6 +328,10 @@ class LatentForgePatchDecoder(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> "LatentForgePatchDecoder":
         self._lookup_table = None
         return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: a table is made again, and its weights' addresses mean nothing elsewhere."""
+        return {**self.__dict__, "_lookup_table": None}
 
     def embed_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """`(B, C, D)` -> `(B, C, E)`, what every token of the patch adds to its embedding."""

@@ -115,7 +115,8 @@ def sees_ahead(backbone: PreTrainedModel) -> bool:
 
 
 def replace_quantizer(wire: LatentForgeWire, kind: str, levels: Sequence[int] | None = None) -> None:
-    """Give a trained wire another quantizer, in place. FSQ's two maps are new, and are to be trained with the rest.
+    """Give a trained wire another quantizer, in place. FSQ's two maps are new, and are to be trained with the rest;
+    a wire that has this quantizer already keeps it as it was trained.
 
     Args:
         kind: see [`LatentQuantizer`].
@@ -127,5 +128,7 @@ def replace_quantizer(wire: LatentForgeWire, kind: str, levels: Sequence[int] | 
     config = wire.config
     levels = config.quantizer_levels if levels is None else levels
     quantizer = LatentQuantizer(kind, config.latent_size, levels if kind == "fsq" else ())
+    if (quantizer.kind, quantizer.levels) == (wire.quantizer.kind, wire.quantizer.levels):
+        return
     wire.quantizer = quantizer.to(wire.device, wire.dtype)
     config.quantizer, config.quantizer_levels = kind, tuple(levels)

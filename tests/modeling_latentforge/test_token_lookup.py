@@ -1,5 +1,6 @@
 """What followed the last time: the same for whole rows, token by token, and by the definition."""
 
+import copy
 import json
 
 import pytest
@@ -137,7 +138,35 @@ def replace_storage(student: LatentForgeForCausalLM) -> None:
     weight.data = torch.randn_like(weight)
 
 
-@pytest.mark.parametrize("change", [add_one, load_others, move_as_deepspeed_does, replace_storage])
+def adapt(*targets: str):
+    def change(student: LatentForgeForCausalLM) -> None:
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False)
+        peft.inject_adapter_in_model(config, student)
+
+    return pytest.param(change, id=" ".join(targets))
+
+
+def learn_in_eval_mode(student: LatentForgeForCausalLM) -> None:
+    found = student.decoder.embed_lookup(torch.tensor([[3, 7]]), torch.tensor([[1, 2]]))
+    found.square().sum().backward()
+    torch.optim.AdamW(student.parameters(), lr=0.1, fused=True).step()  # counts nothing either
+
+
+def assign_in_inference_mode(student: LatentForgeForCausalLM) -> None:
+    torch.manual_seed(5)
+    others = tiny_student(initializer_range=0.5).state_dict()
+    with torch.inference_mode():
+        student.load_state_dict({name: x.clone() for name, x in others.items()}, assign=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(add_one, load_others, move_as_deepspeed_does, replace_storage, learn_in_eval_mode, assign_in_inference_mode),
+        *(adapt("lookup.projection"), adapt("lookup.gate", "lookup.level")),
+    ],
+)
 def test_steps_see_every_change_of_the_weights(change):
     """A table of an earlier state would go on writing, and only the text's quality would tell."""
     torch.manual_seed(0)
@@ -157,7 +186,8 @@ def test_steps_see_every_change_of_the_weights(change):
     change(student)
     torch.testing.assert_close(step(), whole())
     assert not torch.allclose(step(), before)
-    assert student.to(torch.bfloat16) and step().dtype == torch.bfloat16
+    if change is not assign_in_inference_mode:  # such weights cannot be converted outside of it
+        assert student.to(torch.bfloat16) and step().dtype == torch.bfloat16
 
 
 def test_steps_with_gradients_take_no_table():
@@ -167,3 +197,21 @@ def test_steps_with_gradients_take_no_table():
         student.decoder.step_lookup(torch.tensor([3]), torch.tensor([1]))
     student.decoder.step_lookup(torch.tensor([3]), torch.tensor([1])).sum().backward()
     assert student.decoder.lookup.projection.weight.grad is not None
+
+
+def test_steps_under_autocast_take_weights_of_two_dtypes():
+    """A table is made without autocast, where such weights cannot be multiplied."""
+    student = tiny_student(initializer_range=0.5).eval()
+    student.decoder.embed_tokens.to(torch.bfloat16)
+    ids, levels = torch.tensor([3, 7]), torch.tensor([1, 2])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        step, whole = student.decoder.step_lookup(ids, levels), student.decoder.embed_lookup(ids[None], levels[None])
+    torch.testing.assert_close(step[:, 0], whole[0])
+
+
+def test_a_table_stays_out_of_copies():
+    """A pickle would be larger by it, and hold addresses of a process that is gone."""
+    student = tiny_student().eval()
+    with torch.no_grad():
+        student.decoder.step_lookup(torch.tensor([3]), torch.tensor([1]))
+    assert copy.deepcopy(student).decoder._lookup_table is None and student.decoder._lookup_table is not None

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from scripts import train_wire
-from tests.modeling_latentforge.test_wire import bpe
+from tests.modeling_latentforge.test_wire import bpe, wire
+from trainers.wire_build import replace_quantizer
 from trainers.wire_lora import adapter_parameters
 from trainers.wire_models import load_wire
 
@@ -145,6 +146,17 @@ def test_a_trained_wire_goes_on_with_another_quantizer(room, tmp_path):
         one.pack([STORY[0]])[0].num_bytes for one in (wire, load_wire(str(first), {"llama": str(room / "llama")}))
     ]
     assert sizes[0] < sizes[1] / 10
+
+
+def test_the_quantizer_that_a_wire_has_stays_as_it_was_trained():
+    """A training that goes on with the same flags would begin with new maps, and say nothing."""
+    made = wire(quantizer="fsq", quantizer_levels=[5, 5, 5])
+    trained = made.quantizer
+    for levels in (None, (5, 5, 5)):
+        replace_quantizer(made, "fsq", levels)
+        assert made.quantizer is trained
+    replace_quantizer(made, "fsq", (5, 5))
+    assert made.quantizer.levels == made.config.quantizer_levels == (5, 5)
 
 
 def test_an_encoder_starts_from_a_pretrained_models_first_layers(room, tmp_path, capsys):
