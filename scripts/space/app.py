@@ -418,7 +418,7 @@ def between(name: str, first: str, second: str, kind: str, count: int) -> Iterat
 def think(name: str, text: str, steps: int, count: int) -> str:
     """What the ideas of a text say before the first step of thinking, and after each."""
     with thinking(name, [text]) as model, torch.no_grad():
-        thoughts = model.think(model.get_latent_vector(text, steps=0), int(steps))
+        thoughts = model.encode([text], steps=int(steps)).thoughts
         read = [model.read(ideas, max_new_tokens=int(count))[0] for ideas in thoughts]
     return lines([(f"step {number}", "#666", said) for number, said in enumerate(read)])
 
