@@ -229,7 +229,7 @@ def third_receiver(context: Context, count: int = 512) -> Measured:
 
 def fsq_packet(context: Context, count: int = 512) -> Measured:
     """The message as few bytes, learned with the rest, beside the one that is not rounded."""
-    levels = ",".join(["5"] * 40)
+    levels = ",".join(["5"] * 24)
     plain = both(context)
     flags = {"quantizer": "fsq", "quantizer_levels": levels, "learning_rate": 1e-3, "max_steps": 750}
     folder = wire_folder(context, "continue_fsq", TOGETHER, init_wire=plain, kd_weight=1.0, **flags)
@@ -433,6 +433,6 @@ ROWS = [
         "<= the UTF-8 bytes of the text, losing <= 10 points of the share",
         fsq_packet,
         long=True,
-        setup=f"{TEXTS}; 40 dimensions of 5 levels a latent; the first row's wire, 750 steps on",
+        setup=f"{TEXTS}; 24 dimensions of 5 levels a latent; the first row's wire, 750 steps on",
     ),
 ]
