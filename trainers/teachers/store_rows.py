@@ -238,7 +238,7 @@ def _planes(values: np.ndarray, count: int) -> list[bytes]:
 
 
 def _is_noise(plane: bytes) -> bool:
-    share = np.bincount(np.frombuffer(plane, np.uint8), minlength=256) / len(plane)
+    share = np.bincount(np.frombuffer(plane, np.uint8), minlength=256) / max(1, len(plane))
     share = share[share > 0]
     return bool(-(share * np.log2(share)).sum() > NOISE)
 
