@@ -285,6 +285,9 @@ def watch_work(model: Any, input_ids: torch.Tensor, new_tokens: int) -> tuple[Wo
     """
     if new_tokens < 2:
         raise ValueError(f"`new_tokens` ({new_tokens}) must be at least 2: the first token is the prompt's")
+    with torch.compiler.set_stance("force_eager"):
+        # a first step makes what later ones read, the lookup's table
+        _write(model, input_ids, 2, False, disable_compile=True)
     watch = _Watch(model)
     first: list[Work] = []
     with count_backbone_steps(model) as steps:

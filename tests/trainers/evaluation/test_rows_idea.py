@@ -34,6 +34,7 @@ def test_what_a_long_row_trains_is_what_the_script_takes(row, tmp_path, monkeypa
 
     monkeypatch.setenv("LATENTFORGE_DATA", str(tmp_path))
     monkeypatch.setattr(rows_idea, "receiver_folder", lambda *args: tmp_path)
+    monkeypatch.setattr(rows_idea, "receiver_of_novels", lambda context: tmp_path)
     monkeypatch.setattr(rows_idea, "script", run)
     with pytest.raises(Trained):
         row.measure(Context("idea", row.name, tmp_path / "own", tmp_path / "shared", print))
