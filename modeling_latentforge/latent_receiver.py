@@ -165,7 +165,8 @@ class Receiver:
         """Rows of a message, a prompt and, for training and scoring, an answer.
 
         Raises:
-            ValueError: not as many prompts or answers as messages, a row with nothing in it, an empty answer.
+            ValueError: not as many prompts or answers as messages, a row with nothing in it or before its answer, an
+                empty answer.
         """
         injection = injection or Injection()
         self._check(injection, prompts, answers)
@@ -184,6 +185,7 @@ class Receiver:
             labels.append([IGNORED] * (len(rows[-1]) - len(answer)) + answer)
             if not len(rows[-1]) and injection.keys_values is None:
                 raise ValueError(f"Row {row} holds nothing: give a message, a prompt or an anchor.")
+            self._check_begun(row, len(rows[-1]), answer)
         length = max(1, max(map(len, rows)))
         inputs_embeds = torch.stack([nn.functional.pad(row, (0, 0, length - len(row), 0)) for row in rows])
         present = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
@@ -224,6 +226,7 @@ class Receiver:
             labels.append([IGNORED] * (len(rows[-1]) - len(answer)) + answer)
             if not rows[-1]:
                 raise ValueError(f"Row {row} holds nothing: give a context, a prompt or an anchor.")
+            self._check_begun(row, len(rows[-1]), answer)
             if limit is not None and len(rows[-1]) > limit:
                 raise ValueError(
                     f"A row of text has {len(rows[-1])} tokens, the receiver reads {limit}: give shorter contexts."
@@ -248,6 +251,14 @@ class Receiver:
         empty = [row for row, answer in enumerate(answers or ()) if not answer.strip()]
         if empty:
             raise ValueError(f"The answers of rows {empty} are empty: there is nothing to learn or to score.")
+
+    def _check_begun(self, row: int, length: int, answer: Sequence[int]) -> None:
+        # keys and values alone say no token: some token must stand there for its output to be the answer's first
+        if answer and length == len(answer):
+            raise ValueError(
+                f"Row {row} has no token before its answer, whose first one nothing would say: give a template "
+                "with BOS (--bos yes), an anchor (--anchor_text) or a prompt."
+            )
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []

@@ -317,6 +317,18 @@ def test_a_saved_wire_reads_the_same_once_its_receivers_are_attached(mode, tmp_p
     assert size == sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_an_answer_with_no_token_before_it_is_refused():
+    """Keys and values alone have no output that could say its first token: an error of shapes, or a pad's guess."""
+    model = wire("kv")
+    model.receivers["llama"] = receiver("llama", Template(False))
+    message = model.encode(CONTEXTS)
+    for prompts in (["", "", ""], [*PROMPTS[:2], ""]):
+        with pytest.raises(ValueError, match="no token before its answer"):
+            model.score("llama", message, prompts, ANSWERS)
+    with pytest.raises(ValueError, match="no token before its answer"):
+        model.receiver("llama").compose_text(["", "x", "y"], [""] * 3, ANSWERS)
+
+
 def test_wrong_use_is_told():
     """Each of these is somebody's first try."""
     model = wire()
