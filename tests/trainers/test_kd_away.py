@@ -127,7 +127,7 @@ def test_all_processes_write_the_last_checkpoint_before_any_of_them_ends(tmp_pat
     with pytest.raises(TeacherUnavailable, match="kept in checkpoint-2"):
         trainer.train()
     written = ["rng_state.pth"]
-    # before a save begins, before it is sealed, when it has its name, and before anybody ends
+    # late ones come, the save begins, all have written, it has its name, all may end
     assert waits == [[], [], [], written, written]
 
 
