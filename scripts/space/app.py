@@ -29,6 +29,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
+from huggingface_hub import snapshot_download  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
     AutoModel,
@@ -92,7 +93,7 @@ def load(name: str) -> Loaded:
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
                 if AutoConfig.from_pretrained(name, trust_remote_code=True).model_type == IDEA:
                     model = AutoModel.from_pretrained(name, **options).to(device).eval()
-                    attach(model, tokenizer)
+                    attach(model, tokenizer, name)
                 else:
                     model = AutoModelForCausalLM.from_pretrained(name, **options).to(device).eval()
             except Exception as error:  # whatever a Hub, a folder or a model's code raises
@@ -103,8 +104,9 @@ def load(name: str) -> Loaded:
         return LOADED[name]
 
 
-def attach(model: Any, tokenizer: Any) -> None:
-    """Give an idea model the tokenizer and the language model that it is saved without.
+def attach(model: Any, tokenizer: Any, name: str) -> None:
+    """Give an idea model the tokenizer and the language model that it is saved without, with the adapter (LoRA) that
+    lies beside the idea model, where it has one.
 
     Raises:
         ValueError: nothing says which language model, or it is not the one that the model was trained for.
@@ -117,7 +119,14 @@ def attach(model: Any, tokenizer: Any) -> None:
             f"it has bridges to {bridges}, and does not say where one language model that reads lies: set "
             "LATENTFORGE_RECEIVER to its folder or id."
         )
-    reader = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).to(model.device)
+    reader = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    adapter = f"receivers/{bridges[0]}"
+    folder = name if os.path.isdir(name) else snapshot_download(name, allow_patterns=f"{adapter}/*")
+    if os.path.isdir(os.path.join(folder, adapter)):
+        from peft import PeftModel
+
+        reader = PeftModel.from_pretrained(reader, os.path.join(folder, adapter))
+    reader.to(model.device)
     receiver = sys.modules[type(model).__module__].Receiver  # of the model's own code
     model.attach(bridges[0], receiver(reader, AutoTokenizer.from_pretrained(place), model.template(bridges[0])))
 

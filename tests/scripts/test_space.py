@@ -17,6 +17,7 @@ from tests.conftest import tiny_student
 from tests.modeling_latentforge.test_idea import idea
 from tests.trainers.training_helpers import byte_tokenizer, tiny_teacher
 from trainers.evaluation.serving_load import free_port
+from trainers.wire_lora import adapter_parameters, add_adapter
 from trainers.wire_models import load_wire, save_wire
 
 
@@ -41,10 +42,14 @@ def models(tmp_path_factory):
         model.save_pretrained(folder / name)
         byte_tokenizer().save_pretrained(folder / name)
     thinker = idea(steps=2)
-    save_wire(thinker, folder / "ideas")
     reader = thinker.receivers["gpt2"]
     reader.model.save_pretrained(folder / "reader")
     reader.tokenizer.save_pretrained(folder / "reader")
+    add_adapter(reader, 2)
+    with torch.no_grad():
+        for parameter in adapter_parameters(reader).values():
+            parameter.normal_()  # loud: without it a reader says something else
+    save_wire(thinker, folder / "ideas")
     return folder
 
 
