@@ -36,6 +36,8 @@ VLLM ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo vllm || echo vllm-
 # clients that pin older packages than ours, for the tests of the server
 CLIENTS_VENV ?= .venv-clients
 AUDIT_VENV ?= .venv-audit
+# of the tests, a share of the cores each; more than eight take memory and no time off
+WORKERS ?= -n logical --maxprocesses 8 --dist worksteal
 # where make serve (7860) and make serve-teacher (8000) listen; 0.0.0.0 for other machines: then set LATENTFORGE_API_KEY,
 # or VLLM_REMOTE_API_KEY
 HOST ?= 127.0.0.1
@@ -210,11 +212,11 @@ $(CHECKPOINTS)/student/config.json:
 
 .PHONY: test
 test: setup ## the quick suite
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(WORKERS)
 
 .PHONY: test-fast
 test-fast: setup ## all but the scripts
-	$(BIN)/python -m pytest -q --timeout 60 --ignore tests/scripts
+	$(BIN)/python -m pytest -q $(WORKERS) --timeout 60 --ignore tests/scripts
 
 .PHONY: test-e2e
 test-e2e: setup ## the scripts from text to generation, and the real vLLM where setup-vllm has installed it

@@ -8,6 +8,10 @@ import shutil
 import tempfile
 import textwrap
 
+
+if count := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before torch looks: workers share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(count))))
+
 import pytest
 import torch
 from transformers import GPTNeoXConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
