@@ -4,7 +4,6 @@ No pretrained weights are reachable where this was written: encoders and receive
 here by `scripts/train_teacher.py`, on novels or on the texts of the row, and every figure says so.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -38,6 +37,18 @@ MOST_STEPS = 6  # of a made-up problem
 # -- what is trained
 
 
+def tokenizer_folder(context: Context, name: str, data: str, vocab_size: int) -> Path:
+    """Of these texts; EOS is BOS too, as at the beginning of a block of training."""
+    folder = context.shared_dir / "tokenizers" / name
+    if not (folder / "tokenizer.json").exists():
+        words = ["--data", data, "--vocab_size", str(vocab_size), "--output_dir", str(folder)]
+        subprocess.run([sys.executable, str(ROOT / "scripts" / "train_tokenizer.py"), *words], check=True)
+        known = AutoTokenizer.from_pretrained(folder)
+        known.bos_token = known.eos_token
+        known.save_pretrained(folder)
+    return folder
+
+
 def receiver_folder(
     context: Context,
     name: str,
@@ -46,28 +57,21 @@ def receiver_folder(
     vocab_size: int = 4096,
     layers: int = 4,
     block_size: int = 256,
-    batch_size: int = 8,
+    learning_rate: float = 2e-3,
 ) -> Path:
     """A small language model of these texts with a tokenizer of its own; trained once."""
     folder = context.shared_dir / "receivers" / name
     if not (folder / "eval_results.json").exists():
-        tokenizer = context.shared_dir / "tokenizers" / name
-        if not (tokenizer / "tokenizer.json").exists():
-            words = ["--data", data, "--vocab_size", str(vocab_size), "--output_dir", str(tokenizer)]
-            subprocess.run([sys.executable, str(ROOT / "scripts" / "train_tokenizer.py"), *words], check=True)
-            known = AutoTokenizer.from_pretrained(tokenizer)
-            known.bos_token = known.eos_token  # where a block of training begins
-            known.save_pretrained(tokenizer)
         context.say(f"receiver {name}")
         flags = {
             "data": data,
-            "tokenizer": tokenizer,
+            "tokenizer": tokenizer_folder(context, name, data, vocab_size),
             "architecture": "llama",
             "num_hidden_layers": layers,
             "block_size": block_size,
             "max_steps": steps,
-            "per_device_train_batch_size": batch_size,
-            "learning_rate": 2e-3,
+            "per_device_train_batch_size": 8,
+            "learning_rate": learning_rate,
             "save_steps": 250,
             "save_total_limit": 1,
         }
@@ -116,37 +120,32 @@ def said(idea: LatentForgeIdea, texts: Sequence[str], max_new_tokens: int, promp
 # -- what is measured
 
 
-def windows_of_novels(data: str, limit: int | None = None) -> list[str]:
-    """Of 96 characters, whole words: about 29 tokens of the receiver of these."""
-    return [x.context.strip() for x in load_task("text", "all", data, limit, text_cut=TextCut("reconstruct", 24))]
+def windows_of_novels(data: str, tokenizer: Any, limit: int | None = None) -> list[str]:
+    """Those that are 32 tokens by themselves too."""
+    cut = TextCut("reconstruct", 32, tokenizer=tokenizer)
+    texts = (
+        x.context.strip() for x in load_task("text", "all", data, None if limit is None else 2 * limit, text_cut=cut)
+    )
+    whole = [text for text in texts if len(tokenizer(text, add_special_tokens=False)["input_ids"]) == 32]
+    return whole[:limit]
 
 
 def reconstruction(context: Context, count: int = 256) -> Measured:
-    """Windows of at most 32 tokens through N ideas; thinking is left out. The receiver has learned to say a line
-    again, as any large language model has, and the vectors it is given learn to be the embeddings of the tokens."""
-    windows = sorted(set(windows_of_novels(books()["data"])), key=lambda text: hashlib.sha256(text.encode()).digest())
+    """Windows of 32 tokens through N ideas; thinking is left out. The receiver has learned to say a window again, as
+    any large language model can, and the vectors that it is given learn to be the embeddings of the tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(context, "windows", books()["data"], 1024))
+    windows = windows_of_novels(books()["data"], tokenizer, 100_000)
     half = len(windows) // 2  # of them for the receiver
     lines = ({"text": f"{text}\n{text}"} for text in windows[:half])
-    receiver = receiver_folder(
-        context,
-        "said_again",
-        str(write_jsonl(context.shared_dir / "said_again.jsonl", lines)),
-        1200,
-        vocab_size=1024,
-        block_size=64,
-        batch_size=32,
-    )
+    twice = str(write_jsonl(context.shared_dir / "windows.jsonl", lines))
+    # four documents of 32 + 1 + 32 tokens and EOS in a block
+    receiver = receiver_folder(context, "windows", twice, 600, layers=2, block_size=264, learning_rate=3e-3)
     rows = [{"context": text, "prompt": "\n", "answer": text} for text in windows[half:]]
-    data = context.shared_dir / "said_again"
+    data = context.shared_dir / "windows"
     write_jsonl(data / "train.jsonl", rows[256:])
     write_jsonl(data / "validation.jsonl", rows[:256])
     encoder = encoder_with_places(context, receiver)
-    tokenizer = AutoTokenizer.from_pretrained(receiver)
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text.strip(), add_special_tokens=False)["input_ids"]
-
-    texts = [text for text in windows_of_novels(books()["eval_data"], 2 * count) if len(ids(text)) <= 32][:count]
+    texts = windows_of_novels(books()["eval_data"], tokenizer, count)
     found: dict[str, float] = {}
     for ideas in (8, 1):
         idea = idea_of(
@@ -154,24 +153,22 @@ def reconstruction(context: Context, count: int = 256) -> Measured:
             f"reconstruct_{ideas}",
             receiver,
             encoder=encoder,
-            encoder_layers=2,
             dataset="custom",
             data=data,
             num_ideas=ideas,
             steps=0,
-            prefix_len=33,  # 32 tokens and EOS
+            prefix_len=32,
             compression_hidden=1024,
             batch_size=64,
             align_weight=1 / embed_mean_square(receiver),
             max_steps=1500 if ideas == 8 else 500,
         )
         ours = said(idea, texts, 40, prompt="\n")
-        found[f"{ideas} x 256"] = statistics.mean(
-            token_f1(ids(one), ids(text)) for one, text in zip(ours, texts, strict=True)
-        )
-        found[f"{ideas} x 256, whole"] = statistics.mean(
-            one.strip() == text for one, text in zip(ours, texts, strict=True)
-        )
+        ids = [
+            tokenizer([text.strip() for text in side], add_special_tokens=False)["input_ids"] for side in (ours, texts)
+        ]
+        found[f"{ideas} x 256"] = statistics.mean(token_f1(*pair) for pair in zip(*ids, strict=True))
+        found[f"{ideas} x 256, whole"] = statistics.mean(one == other for one, other in zip(*ids, strict=True))
     figure = (
         "token F1 " + ", ".join(f"{n} x 256 {found[f'{n} x 256']:.1%}" for n in (8, 1)) + "; whole windows "
         f"{found['8 x 256, whole']:.0%} and {found['1 x 256, whole']:.0%}; {len(texts)} windows"
@@ -361,9 +358,9 @@ ROWS = [
         ">= 90 % token F1 at 8 x 256; 1 x 256 reported",
         reconstruction,
         long=True,
-        setup="receiver 4 x 256 (Llama, V=1024), trained here on windows of novels that are said twice; encoder: BERT "
-        "of 2 x 256, random weights, trained on; align_weight; 1,500 steps (1 x 256: 500) of 64 windows of 96 "
-        "characters each, 256 windows of other novels, greedy",
+        setup="receiver 2 x 256 (Llama, V=1024), trained here on windows of novels that are said twice; encoder: BERT "
+        "of 2 x 256, random weights, trained on; align_weight; 1,500 steps (1 x 256: 500) of 64 windows of 32 "
+        "tokens each, 256 windows of other novels, greedy",
     ),
     Row(
         "summaries",

@@ -5,6 +5,7 @@ import pytest
 from modeling_latentforge import LatentForgeIdea, LatentForgeIdeaConfig
 from scripts.idea import IdeaArguments
 from tests.modeling_latentforge.test_idea import ENCODER
+from tests.trainers.training_helpers import byte_tokenizer
 from trainers import IdeaConfig, parse_arguments
 from trainers.evaluation import rows_idea
 from trainers.evaluation.rows_idea import ROWS, equal_width, lead_3, trained_parameters
@@ -33,8 +34,11 @@ def test_what_a_long_row_trains_is_what_the_script_takes(row, tmp_path, monkeypa
         raise Trained
 
     monkeypatch.setenv("LATENTFORGE_DATA", str(tmp_path))
-    monkeypatch.setattr(rows_idea, "receiver_folder", lambda *args: tmp_path)
-    monkeypatch.setattr(rows_idea, "receiver_of_novels", lambda context: tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    for name in ("receiver_folder", "tokenizer_folder", "encoder_with_places"):
+        monkeypatch.setattr(rows_idea, name, lambda *args, **kwargs: tmp_path)
+    monkeypatch.setattr(rows_idea, "windows_of_novels", lambda *args: ["a window"] * 4)
+    monkeypatch.setattr(rows_idea, "embed_mean_square", lambda receiver: 0.5)
     monkeypatch.setattr(rows_idea, "script", run)
     with pytest.raises(Trained):
         row.measure(Context("idea", row.name, tmp_path / "own", tmp_path / "shared", print))
