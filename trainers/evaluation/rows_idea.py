@@ -218,9 +218,9 @@ def summaries(context: Context, max_new_tokens: int = 64) -> Measured:
     train = load_task("dialogsum", "train", str(dialogsum()))
     texts = [{"text": f"{example.context}\n{example.answers[0]}"} for example in train]
     receiver = receiver_folder(
-        context, "dialogues", str(write_jsonl(context.shared_dir / "dialogues.jsonl", texts)), 700, vocab_size=2048
+        context, "dialogues", str(write_jsonl(context.shared_dir / "dialogues.jsonl", texts)), 500, vocab_size=2048
     )
-    common = {"num_ideas": 8, "steps": 1, "max_steps": 1000}
+    common = {"num_ideas": 8, "steps": 1, "max_steps": 700}
     idea = idea_of(context, "summaries", receiver, dataset="dialogsum", data=dialogsum(), **common)
     nothing = context.shared_dir / "no_input"
     for split in ("train", "validation"):
@@ -369,7 +369,7 @@ ROWS = [
         summaries,
         long=True,
         setup="receiver 4 x 256 (Llama, V=2048), trained here on the training dialogues; encoder: its first two "
-        "layers, trained on; DialogSum, 1,000 steps of 16, best of the references",
+        "layers, trained on; DialogSum, 700 steps of 16, best of the references",
     ),
     Row(
         "thinking",
