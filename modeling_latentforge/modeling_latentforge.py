@@ -614,8 +614,9 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             TypeError: a keyword that means nothing here, unless it is None or False.
             ValueError: `inputs_embeds`, a `patch_offset` out of range, an unknown loss part, all weights zero, `kd`
                 without `distillation`, `energy` without an energy head, a foreign filled cache, a mask of another
-                width, a `codec_encoding` of other rows, a static cache with too few slots, more patches than a table of positions has. Rotary positions
-                go on beyond `max_position_embeddings` as in any transformers model; `generate` refuses such prompts.
+                width, a `codec_encoding` of other rows, a static cache with too few slots, more patches than a table
+                of positions has. Rotary positions go on beyond `max_position_embeddings` as in any transformers model;
+                `generate` refuses such prompts.
         """
         if inputs_embeds is not None:
             raise ValueError(
@@ -753,7 +754,11 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
     def _check_encoding(self, encoding, weights: Mapping[str, float] | None, grid: Grid) -> None:
         if weights is None:
             raise ValueError("`codec_encoding` is what a loss needs: pass `labels`, or leave it out.")
-        expected = (grid.input_ids.shape[0], grid.input_ids.shape[1] // self.config.patch_size, self.config.latent_size)
+        expected = (
+            grid.input_ids.shape[0],
+            grid.input_ids.shape[1] // self.config.patch_size,
+            self.config.latent_size,
+        )
         if any(tuple(x.shape) != expected for x in encoding):
             raise ValueError(
                 f"`codec_encoding` of shapes {[tuple(x.shape) for x in encoding]} is not these rows': theirs is "

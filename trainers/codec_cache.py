@@ -51,7 +51,9 @@ class CodecCache:
     def keys(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[str]:
         """One for each row of `(B, T)`; ids under a mask of 0 count, too."""
         rows = input_ids.cpu().to(torch.int64).contiguous().numpy()
-        masks = [b""] * len(rows) if attention_mask is None else [x.numpy().tobytes() for x in attention_mask.cpu() != 0]
+        masks = (
+            [b""] * len(rows) if attention_mask is None else [x.numpy().tobytes() for x in attention_mask.cpu() != 0]
+        )
         return [
             hashlib.blake2b(row.tobytes() + mask, digest_size=16).hexdigest()
             for row, mask in zip(rows, masks, strict=True)

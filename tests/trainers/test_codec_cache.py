@@ -66,7 +66,9 @@ def test_a_resumed_run_reads_what_the_first_one_kept(tmp_path, encoded):
     """Half an epoch was seen when the run died: that half is not encoded again, and the rest is."""
     expected, _ = trained(tmp_path, save_strategy="steps", save_steps=2)
     shutil.rmtree(tmp_path / "run")
-    trained(tmp_path, tmp_path / "cache", save_strategy="steps", save_steps=2, max_steps=2, lr_scheduler_type="constant")
+    trained(
+        tmp_path, tmp_path / "cache", save_strategy="steps", save_steps=2, max_steps=2, lr_scheduler_type="constant"
+    )
     encoded.clear()
     found, _ = trained(tmp_path, tmp_path / "cache", resume=True)
     assert encoded == [4] * 2
@@ -115,7 +117,10 @@ def test_the_mask_and_what_is_kept_are_part_of_a_row(tmp_path):
     assert cache.keys(ids, mask) != keys
     cache.put(keys, torch.randn(1, 2, 5), torch.randn(1, 2, 5))
     assert cache.get(keys)[1].eq(0).all()
-    assert CodecCache(tmp_path, "codec").get(keys) is None and CodecCache(tmp_path, "codec", torch.bfloat16).get(keys) is None
+    assert (
+        CodecCache(tmp_path, "codec").get(keys) is None
+        and CodecCache(tmp_path, "codec", torch.bfloat16).get(keys) is None
+    )
 
 
 def test_a_disk_without_room_ends_the_cache_and_not_the_training(tmp_path, encoded, monkeypatch, caplog):
