@@ -459,8 +459,8 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
     def _encode(self, input_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`(B, N * K)` -> the frozen codec's mean and log-std, `(B, N, D)` each."""
         with torch.no_grad():
-            encoding = self.autoencoder.encode(input_ids)
-        return encoding.mean, encoding.log_std
+            mean, log_std = self.autoencoder.encode(input_ids).to_tuple()
+        return mean, log_std
 
     def _embed_patches(
         self, input_ids: torch.LongTensor, mask: torch.BoolTensor | None, latents: torch.Tensor | None = None

@@ -125,7 +125,8 @@ class KDTrainer(LatentTrainer):
             raise ValueError(
                 f"All loss weights are 0 ({weights}), nothing would be learned: set at least one above 0."
             )
-        if args.codec_cache is not None and not model.asks_codec(weights):
+        student: Any = model
+        if args.codec_cache is not None and not student.asks_codec(weights):
             raise ValueError(
                 f"codec_cache is {args.codec_cache}, but nothing asks the codec while this student learns: raise "
                 "mse_weight or energy_weight above 0, or drop codec_cache."

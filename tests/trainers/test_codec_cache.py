@@ -1,5 +1,3 @@
-import shutil
-
 import pytest
 import torch
 
@@ -64,15 +62,13 @@ def test_the_codec_sees_a_block_once_and_the_losses_are_those_without_a_cache(tm
 
 def test_a_resumed_run_reads_what_the_first_one_kept(tmp_path, encoded):
     """Half an epoch was seen when the run died: that half is not encoded again, and the rest is."""
-    expected, _ = trained(tmp_path, save_strategy="steps", save_steps=2)
-    shutil.rmtree(tmp_path / "run")
     trained(
         tmp_path, tmp_path / "cache", save_strategy="steps", save_steps=2, max_steps=2, lr_scheduler_type="constant"
     )
     encoded.clear()
     found, _ = trained(tmp_path, tmp_path / "cache", resume=True)
     assert encoded == [4] * 2
-    assert [x["step"] for x in found][-6:] == [3, 4, 5, 6, 7, 8] and len(expected) == 8
+    assert [x["step"] for x in found][-6:] == [3, 4, 5, 6, 7, 8]
 
 
 def test_another_codec_finds_nothing(tmp_path, encoded):
