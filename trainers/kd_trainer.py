@@ -238,6 +238,9 @@ class KDTrainer(LatentTrainer):
             )
         keys = self.codec_cache.keys(inputs["input_ids"], inputs.get("attention_mask"))
         encoding = self.codec_cache.get(keys)
+        if self.is_fsdp_enabled:  # a codec in shares is gathered by all processes or by none
+            missing = torch.tensor(float(encoding is None), device=self.args.device)
+            encoding = None if float(self.accelerator.reduce(missing, "sum")) else encoding
         self._new_rows = keys if encoding is None else []
         if encoding is None:
             return None

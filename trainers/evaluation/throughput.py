@@ -54,7 +54,6 @@ class Cell:
         rows: of a batch; `accumulation` batches make a step.
         patch_size, vocab_size: K, V.
         dtype: `float32`, or `bfloat16` for autocast.
-        compiled: by `torch.compile`.
         mse_weight: a student's; above 0 the frozen codec is asked.
         codec_layers, codec_width: of a student's codec.
         warm_up, steps: see the module.
@@ -70,7 +69,6 @@ class Cell:
     patch_size: int = 4
     vocab_size: int = 4096
     dtype: str = "float32"
-    compiled: bool = False
     mse_weight: float = 0.0
     codec_layers: int = 2
     codec_width: int = 512
@@ -80,8 +78,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        words = [self.kind, f"{self.layers} x {self.width}", "bf16" if self.dtype == "bfloat16" else "fp32"]
-        return " ".join([*words, "compiled"] if self.compiled else words)
+        return f"{self.kind} {self.layers} x {self.width} {'bf16' if self.dtype == 'bfloat16' else 'fp32'}"
 
 
 def build_codec(cell: Cell, layers: int, width: int) -> LatentForgeAutoencoder:
@@ -144,17 +141,16 @@ class _Watch(TrainerCallback):
         self.counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
         self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
         self.last = 1 + cell.warm_up + cell.steps  # the profiled step
-        self.counts = not cell.compiled  # a mode would stop a compiled step
         self.ends: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0 and self.counts:
+        if state.global_step == 0:
             self.counter.__enter__()
         elif state.global_step == self.last:
             self.profiler.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 1 and self.counts:
+        if state.global_step == 1:
             self.counter.__exit__(None, None, None)
         elif state.global_step == self.last + 1:
             self.profiler.__exit__(None, None, None)
@@ -215,7 +211,6 @@ def build_trainer(cell: Cell, output_dir: str, watch: _Watch) -> "_TimedAETraine
         "disable_tqdm": True,
         "use_cpu": True,
         "bf16": cell.dtype == "bfloat16",
-        "torch_compile": cell.compiled,
     }
     data: dict[str, Any] = {
         "train_dataset": datasets.load_from_disk(cell.blocks),
@@ -269,7 +264,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     asked = len(encoding) // (watch.last + 1)  # times a step; none where nothing asks
     step = statistics.median(seconds)
     length = len(trainer.train_dataset[0]["input_ids"])  # type: ignore[index]
-    operations = watch.counter.get_total_flops() if watch.counts else None
+    operations = watch.counter.get_total_flops()
     profile = watch.profiler.key_averages()
     busy = sum(event.self_cpu_time_total for event in profile)
     top = sorted(profile, key=lambda event: -event.self_cpu_time_total)[:TOP]
@@ -279,7 +274,7 @@ def measure(cell: Cell) -> dict[str, Any]:
         "seconds": {"median": step, "all": seconds},
         "operations": operations,
         "matrix_rate": rate,
-        "utilisation": None if operations is None else operations / step / rate,
+        "utilisation": operations / step / rate,
         "waits": sum(waits) / sum(seconds),
         "codec": sum(encoding[begin * asked : watch.last * asked]) / sum(seconds) if cell.kind == "student" else 0.0,
         "peak_bytes": _peak_bytes(),
