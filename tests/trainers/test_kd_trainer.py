@@ -371,7 +371,7 @@ def test_a_compiled_training_has_the_same_losses(tmp_path):
         folder = tmp_path / str(len(compile))
         backbone = LlamaConfig(**{**TINY, "num_hidden_layers": 1})
         epochs = {"max_steps": -1, "num_train_epochs": 2, "mse_weight": 0.5, "codec_cache": str(folder / "cache")}
-        student = tiny_student(backbone=backbone, num_decoder_layers=1)
+        student = tiny_student(backbone=backbone, num_decoder_layers=1, decoder_lookup=0, decoder_memory="none")
         trainer = trainer_of(student, folder, rows=8, **epochs, **compile)
         trainer.train()
         logs.append([[entry[name] for name in ("ce", "mse")] for entry in train_log(trainer)])
