@@ -56,12 +56,14 @@ HARMLESS_KEYWORDS = {"return_dict", "position_ids", "cache_position", "token_typ
 
 @dataclass
 class LatentForgeOutput(ModelOutput):
-    """`loss` is the weighted sum of `loss_components`, which are detached and unweighted; `logits` `(B, T, V)`."""
+    """`loss` is the weighted sum of `loss_components`, which are detached and unweighted; `logits` `(B, T, V)`;
+    `codec_encoding` what a loss asked the codec, for another `forward` with these rows."""
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     past_key_values: Cache | None = None
     loss_components: dict | None = None
+    codec_encoding: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass
@@ -454,18 +456,27 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
 
     # -- patches -> conditions -> latents
 
-    def _embed_patches(self, input_ids: torch.LongTensor, mask: torch.BoolTensor | None) -> torch.Tensor:
-        """`(B, N, K)` -> `(B, N, H)`."""
+    def _encode(self, input_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(B, N * K)` -> the frozen codec's mean and log-std, `(B, N, D)` each."""
+        with torch.no_grad():
+            mean, log_std = self.autoencoder.encode(input_ids).to_tuple()
+        return mean, log_std
+
+    def _embed_patches(
+        self, input_ids: torch.LongTensor, mask: torch.BoolTensor | None, latents: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`(B, N, K)` -> `(B, N, H)`; `latents (B, N, D)`, where the codec was asked for them before."""
         if self.config.input_mode == "tokens":
             return self.model.patch_embedding(input_ids, mask)
-        with torch.no_grad():
-            latents = self.autoencoder.encode(input_ids.flatten(1)).mean
+        if latents is None:
+            latents, _ = self._encode(input_ids.flatten(1))
         return self.model.latent_projection(latents.to(self.model.latent_projection.weight.dtype))
 
     def _conditions(
-        self, grid: Grid, cache: Cache | None, use_cache: bool
+        self, grid: Grid, cache: Cache | None, use_cache: bool, latents: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Conditions `(B, C, H)` of patches 0 .. N, and the parallel grid's patch mask `(B, N)`."""
+        """Conditions `(B, C, H)` of patches 0 .. N, and the parallel grid's patch mask `(B, N)`; `latents (B, N, D)`
+        of these patches, where they are known."""
         patch_size = self.config.patch_size
         num_patches = grid.input_ids.shape[1] // patch_size
         start = self.model.start.expand(grid.input_ids.shape[0], 1, -1)
@@ -476,7 +487,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             return x[:, : num_patches * patch_size].unflatten(1, (-1, patch_size))
 
         mask = None if grid.mask is None else to_patches(grid.mask)
-        embeds = self._embed_patches(to_patches(grid.input_ids), mask)
+        embeds = self._embed_patches(to_patches(grid.input_ids), mask, latents)
         if self.config.decoder_type == "autoregressive" or mask is None:
             states = self.model(embeds, cache=cache, use_cache=use_cache)
             return torch.cat([start.to(states.dtype), states], dim=1), None
@@ -565,6 +576,7 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         patch_sampling: PatchSampling | None = None,
         aligned_noise: torch.Tensor | None = None,
+        codec_encoding: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs,
     ) -> LatentForgeOutput:
         """Predict the next token at every position.
@@ -592,6 +604,8 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 sure of it. `generate(patch_temperature=...)` passes it.
             aligned_noise: `(B, T)` in [0, 1), for an aligned head: each token's place among a teacher's choices. The
                 loss needs it; the logits are then those of the patches that these numbers stand for.
+            codec_encoding: with labels, the `codec_encoding` of an earlier output for these rows: the codec is not
+                asked again.
 
         `loss` sums parts in nats per token; `mse` is the mean over D of the squared error to the codec's mean,
         `energy` the energy score, both of a patch and weighted by its predicted tokens.
@@ -600,8 +614,9 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             TypeError: a keyword that means nothing here, unless it is None or False.
             ValueError: `inputs_embeds`, a `patch_offset` out of range, an unknown loss part, all weights zero, `kd`
                 without `distillation`, `energy` without an energy head, a foreign filled cache, a mask of another
-                width, a static cache with too few slots, more patches than a table of positions has. Rotary positions
-                go on beyond `max_position_embeddings` as in any transformers model; `generate` refuses such prompts.
+                width, a `codec_encoding` of other rows, a static cache with too few slots, more patches than a table
+                of positions has. Rotary positions go on beyond `max_position_embeddings` as in any transformers model;
+                `generate` refuses such prompts.
         """
         if inputs_embeds is not None:
             raise ValueError(
@@ -664,8 +679,18 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             check_token_ids(grid.input_ids, self.config.vocab_size)
         self._check_context(grid.input_ids.shape[1])
         self._check_slots(cache, grid.input_ids.shape[1])
-        conditions, patch_mask = self._conditions(grid, None if cache is None else cache.backbone, cache is not None)
         weights = None if labels is None else self._loss_weights(loss_weights, distillation)
+        if codec_encoding is not None:
+            self._check_encoding(codec_encoding, weights, grid)
+        elif weights is not None and self.asks_codec(weights):
+            whole = grid.input_ids.shape[1] // self.config.patch_size * self.config.patch_size
+            codec_encoding = self._encode(grid.input_ids[:, :whole])
+        conditions, patch_mask = self._conditions(
+            grid,
+            None if cache is None else cache.backbone,
+            cache is not None,
+            None if codec_encoding is None else codec_encoding[0],
+        )
         reads_tokens = weights is None or output_logits or weights.get("ce") or weights.get("kd")
         latents = hidden = None
         fill: Callable[..., None] | None = None
@@ -715,10 +740,30 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
                 weights,
                 distillation,
                 distillation_starts,
+                codec_encoding,
             )
+            output.codec_encoding = codec_encoding
         if output_logits or labels is None:
             output.logits = self.get_output_embeddings()(_kept(hidden, logits_to_keep))
         return output
+
+    def asks_codec(self, weights: Mapping[str, float]) -> bool:
+        """Whether a loss of these parts needs the frozen codec's encoding of the text."""
+        return bool(weights.get("mse") or weights.get("energy") or self.config.input_mode == "latents")
+
+    def _check_encoding(self, encoding, weights: Mapping[str, float] | None, grid: Grid) -> None:
+        if weights is None:
+            raise ValueError("`codec_encoding` is what a loss needs: pass `labels`, or leave it out.")
+        expected = (
+            grid.input_ids.shape[0],
+            grid.input_ids.shape[1] // self.config.patch_size,
+            self.config.latent_size,
+        )
+        if any(tuple(x.shape) != expected for x in encoding):
+            raise ValueError(
+                f"`codec_encoding` of shapes {[tuple(x.shape) for x in encoding]} is not these rows': theirs is "
+                f"{expected}, (rows, patches, latent size)."
+            )
 
     def _loss_weights(self, weights: Mapping[str, float] | None, distillation: object) -> Mapping[str, float]:
         """Those given, else the default of this student. Raises ValueError where they ask for what is not there."""
@@ -744,7 +789,17 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
         return weights
 
     def _losses(
-        self, hidden, conditions, latents, grid, labels, num_items, weights, distillation, distillation_starts
+        self,
+        hidden,
+        conditions,
+        latents,
+        grid,
+        labels,
+        num_items,
+        weights,
+        distillation,
+        distillation_starts,
+        codec_encoding,
     ):
         # nothing predicts a row's first token: column 0, or the first that is no padding
         labels = labels.clone()
@@ -779,15 +834,14 @@ class LatentForgeForCausalLM(LatentForgePreTrainedModel, LatentGenerationMixin):
             tokens_per_patch = (
                 self._on_grid(labels, grid, -100)[:, :whole].unflatten(1, (-1, patch_size)) != -100
             ).sum(-1)  # (B, N)
-            with torch.no_grad():
-                target = self.autoencoder.encode(grid.input_ids[:, :whole])
+            target_mean, target_log_std = codec_encoding
             if weights.get("mse"):
-                error = (latents[:, :num_patches].float() - target.mean.float()).square().mean(-1)  # (B, N)
+                error = (latents[:, :num_patches].float() - target_mean.float()).square().mean(-1)  # (B, N)
                 components["mse"] = (error * tokens_per_patch).sum() / num_items
                 loss = loss + weights["mse"] * components["mse"]
             if weights.get("energy"):
                 score = self.head.loss(
-                    conditions[:, :num_patches].flatten(0, 1), target.mean.flatten(0, 1), target.log_std.flatten(0, 1)
+                    conditions[:, :num_patches].flatten(0, 1), target_mean.flatten(0, 1), target_log_std.flatten(0, 1)
                 )
                 components["energy"] = (score * tokens_per_patch.flatten()).sum() / num_items
                 loss = loss + weights["energy"] * components["energy"]

@@ -56,6 +56,15 @@ class KDConfig(LatentTrainingConfig):
             "choices": ["stop", "continue"],
         },
     )
+    codec_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder where the codec's encoding of each training block is kept: later epochs and runs on the "
+            "same blocks do not ask the codec again. Pays where mse_weight, energy_weight or input_mode latents ask a "
+            "codec that is large beside the student; a latent number takes 4 bytes (bf16: 2), with energy twice. "
+            "Default: encoded at every step."
+        },
+    )
 
     def __post_init__(self):
         for name in WEIGHTS:

@@ -10,9 +10,11 @@ from torch import nn
 
 from .base_trainer import IGNORE_INDEX, LatentTrainer
 from .callbacks import SIGNAL_KEY, TeacherCallback
+from .codec_cache import CodecCache
 from .kd_config import KDConfig
 from .teachers.base import Teacher, TeacherSignal, check_vocabulary
 from .teachers.flow import TeacherUnavailable
+from .teachers.identity import weights_hash
 
 
 PREFETCH = 4  # batches asked about ahead of time where the teacher waits for a network
@@ -39,13 +41,17 @@ class KDTrainer(LatentTrainer):
     about which a remote or sparse teacher said anything; the `kd` of a training step counts others as 0, the one of
     an evaluation leaves them out.
 
+    With `codec_cache` the frozen codec sees a training block once: what it said is read from there in later epochs,
+    in resumed runs and by other processes, with the same losses. Evaluation asks the codec itself.
+
     Args:
         teacher: gives [`TeacherSignal`]s; owned, checked and closed by a [`TeacherCallback`] (pass your own in
             `callbacks` instead, if you like).
 
     Raises:
         ValueError: weights that cannot work: `kd_weight` without a teacher or a teacher without `kd_weight`,
-            `energy_weight` without an energy head, nothing to learn; a teacher of another vocabulary, one that cannot
+            `energy_weight` without an energy head, nothing to learn, a `codec_cache` where nothing asks the codec; a
+            teacher of another vocabulary, one that cannot
             score given text, or one that cannot be brought to `kd_temperature`.
     """
 
@@ -77,6 +83,8 @@ class KDTrainer(LatentTrainer):
         self._ahead: tuple[Any, Iterator[Any]] | None = None
         self._covered = self._asked = 0.0  # predicted tokens since the last log
         self._covered_in_batch: float | None = None
+        self.codec_cache: CodecCache | None = None
+        self._new_rows: list[str] = []  # of this batch, by their keys: not in the cache yet
         super().__init__(model=model, args=args, callbacks=callbacks, **kwargs)
 
     def _check(self, model: nn.Module | None, args: KDConfig) -> dict[str, float]:
@@ -116,6 +124,12 @@ class KDTrainer(LatentTrainer):
         if not any(weights.values()):
             raise ValueError(
                 f"All loss weights are 0 ({weights}), nothing would be learned: set at least one above 0."
+            )
+        student: Any = model
+        if args.codec_cache is not None and not student.asks_codec(weights):
+            raise ValueError(
+                f"codec_cache is {args.codec_cache}, but nothing asks the codec while this student learns: raise "
+                "mse_weight or energy_weight above 0, or drop codec_cache."
             )
         if teacher is not None:
             if not teacher.capabilities.scores_given_tokens:
@@ -180,6 +194,8 @@ class KDTrainer(LatentTrainer):
             if signal is None and not away:
                 weights.pop("kd", None)
         kwargs: dict[str, Any] = {"loss_weights": weights, "output_logits": False}
+        if self.args.codec_cache is not None and self.model.training:
+            kwargs["codec_encoding"] = self._cached_encoding(inputs)
         if self._is_aligned:
             if signal is None:
                 raise RuntimeError(
@@ -199,6 +215,50 @@ class KDTrainer(LatentTrainer):
         if owner is not None and _may_have_gaps(owner.teacher) and (signal is not None or away):
             self._count_covered(signal, inputs["labels"])
         return kwargs
+
+    # -- the codec's part
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.codec_cache = None  # a checkpoint that is resumed brings its codec
+        return super().train(*args, **kwargs)
+
+    def _cached_encoding(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self.codec_cache is None:
+            codec: Any = self.model.autoencoder
+            if not all(parameter.numel() for parameter in codec.parameters()):
+                raise ValueError(
+                    "codec_cache needs to know the codec's weights, and DeepSpeed's stage 3 has them in shares: drop "
+                    "codec_cache, or take stage 2."
+                )
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else codec.dtype
+            config: Any = self.model.config
+            layout = f"{config.decoder_type} {config.pad_token_id} {config.eos_token_id}"
+            self.codec_cache = CodecCache(
+                str(self.args.codec_cache), f"{weights_hash(codec)} {layout}", dtype, bool(self._weights["energy"])
+            )
+        keys = self.codec_cache.keys(inputs["input_ids"], inputs.get("attention_mask"))
+        encoding = self.codec_cache.get(keys)
+        if self.is_fsdp_enabled:  # a codec in shares is gathered by all processes or by none
+            missing = torch.tensor(float(encoding is None), device=self.args.device)
+            encoding = None if float(self.accelerator.reduce(missing, "sum")) else encoding
+        self._new_rows = keys if encoding is None else []
+        if encoding is None:
+            return None
+        mean, log_std = (x.to(inputs["input_ids"].device) for x in encoding)
+        return mean, log_std
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self._new_rows and self.codec_cache is not None:
+            self.codec_cache.put(self._new_rows, *outputs["codec_encoding"])
+            self._new_rows = []
+        return (loss, outputs) if return_outputs else loss
 
     def _count_covered(self, signal: TeacherSignal | None, labels: torch.Tensor) -> None:
         predicted = labels[:, 1:] != IGNORE_INDEX

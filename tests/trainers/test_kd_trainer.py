@@ -4,8 +4,9 @@ from functools import partial
 import peft
 import pytest
 import torch
+from transformers import LlamaConfig
 
-from tests.conftest import VOCAB, tiny_student
+from tests.conftest import TINY, VOCAB, tiny_student
 from tests.trainers.training_helpers import byte_tokenizer, ragged_rows, tiny_args, tiny_teacher, train_log
 from trainers import KDConfig, KDTrainer, PatchCollator, TeacherCallback
 from trainers.losses import dense_kl
@@ -358,3 +359,23 @@ def test_peft_wrapper_is_transparent(tmp_path):
     wrapped.train()
     for name in ("loss", "ce", "kd"):
         assert train_log(wrapped)[0][name] == pytest.approx(train_log(plain)[0][name], rel=1e-5)
+
+
+def test_a_compiled_training_has_the_same_losses(tmp_path):
+    """`--torch_compile true`: what the trainer hands over beside the batch must survive tracing. One epoch traces the
+    codec's part, the second what reads it."""
+    logs = []
+    torch.compiler.reset()
+    for compile in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        torch.manual_seed(0)
+        folder = tmp_path / str(len(compile))
+        backbone = LlamaConfig(**{**TINY, "num_hidden_layers": 1})
+        epochs = {"max_steps": -1, "num_train_epochs": 2, "mse_weight": 0.5, "codec_cache": str(folder / "cache")}
+        student = tiny_student(backbone=backbone, num_decoder_layers=1, decoder_lookup=0, decoder_memory="none")
+        trainer = trainer_of(student, folder, rows=8, **epochs, **compile)
+        trainer.train()
+        logs.append([[entry[name] for name in ("ce", "mse")] for entry in train_log(trainer)])
+    torch.compiler.reset()
+    assert len(logs[0]) == 4 and trainer.codec_cache.num_found == 8
+    for plain, compiled in zip(*logs, strict=True):
+        assert compiled == pytest.approx(plain, rel=1e-4)

@@ -9,7 +9,7 @@ from typing import Any
 from xml.etree import ElementTree  # nosec B405 # of what pytest has just written here
 
 from ..verification import ROOT, Context, Measured, Row
-from . import distributed_rows
+from . import distributed_rows, throughput_rows
 from .audit import ServiceAway, advisories, bandit_findings
 
 
@@ -113,4 +113,5 @@ ROWS = [
         also=("pyproject.toml",),
     ),
     *distributed_rows.ROWS,
+    *throughput_rows.ROWS,
 ]

@@ -75,7 +75,7 @@ class DecoderAlone(LatentForgeForCausalLM):
 
     _auto_class = None  # lives here only: its source must not be saved beside the weights
 
-    def _conditions(self, grid, cache, use_cache):
+    def _conditions(self, grid, cache, use_cache, latents=None):
         num_patches = grid.input_ids.shape[1] // self.config.patch_size
         return self.model.start.expand(grid.input_ids.shape[0], num_patches + 1, -1), None
 

@@ -59,6 +59,8 @@ def weights_hash(model: Any) -> str:
     config = {name: value for name, value in model.config.to_diff_dict().items() if name not in VOLATILE}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if hasattr(tensor, "full_tensor"):  # one process's share
+            tensor = tensor.full_tensor()
         values = tensor.detach().cpu().contiguous()
         digest.update(f"\0{name}\0{values.dtype}\0{tuple(values.shape)}\0".encode())
         digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
