@@ -179,9 +179,9 @@ def _train(kind: str, folder: Path, resumes: bool, told: int, result: Path) -> N
         tell(f"saved {trainer.state.global_step}")
 
     trainer._save_checkpoint = save  # type: ignore[method-assign]
-    if resumes:
-        torch.manual_seed(12345)  # of another process, as a restarted program has it
     found = resumes and last_checkpoint(folder / "run") is not None
+    if found:
+        torch.manual_seed(12345)  # the checkpoint alone must say what is drawn
     trainer.train(resume_from_checkpoint=True if found else None)
     result.write_text(fingerprint(trainer), encoding="utf-8")
 
