@@ -80,8 +80,8 @@ class SafeTrainer(Trainer):
         finally:
             self.remove_callback(stop)
         if stop.stops:
-            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            raise TrainingStopped(str(folder), self.end)
+            checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            raise TrainingStopped(str(checkpoint), self.end)
         return output
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:

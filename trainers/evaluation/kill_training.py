@@ -130,7 +130,7 @@ def build(kind: str, folder: Path) -> SafeTrainer:
             model.add_receiver(name, Receiver(token_lm(tokenizer.eos_token_id, len(tokenizer)), tokenizer))
         if kind == "wire":
             return WireTrainer(model, WireConfig(**common, min_latents=2), train_dataset=text_rows())
-        stages = {"align_steps": 3, "encoder_steps": 3, "train_backbone": True, "sample_outputs": 0}
+        stages: dict[str, Any] = {"align_steps": 3, "encoder_steps": 3, "train_backbone": True, "sample_outputs": 0}
         return IdeaTrainer(model, IdeaConfig(**common, **stages), train_dataset=text_rows())
     head = {"head_type": "energy" if kind == "student" else "regression", "num_samples": 3, "num_targets": 4}
     student = LatentForgeForCausalLM.from_autoencoder(
