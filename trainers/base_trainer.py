@@ -23,7 +23,7 @@ from .checkpoints import last_checkpoint
 from .model_card import KINDS, LICENSE, facts_of_trainer, fill_card, license_of, public_name
 from .preemption import TrainingStopped
 from .safe_trainer import SafeTrainer
-from .sharding import in_one_group, shard_on_cpu
+from .sharding import in_its_own_class, in_one_group, shard_on_cpu
 
 
 logger = logging.getLogger(__name__)
@@ -365,6 +365,10 @@ class LatentTrainer(SafeTrainer):
             plugin = self.accelerator.state.fsdp_plugin
             if "SHARDED_STATE_DICT" in str(plugin.state_dict_type):
                 self._save(self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with in_its_own_class(self.model):
+            super()._save(output_dir, state_dict=state_dict)
 
     # -- card
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
 from modeling_latentforge import LatentForgeForCausalLM
 from tests.conftest import tiny_autoencoder, tiny_student
@@ -17,6 +18,7 @@ from tests.trainers.training_helpers import TEXT, byte_tokenizer, tiny_teacher
 from trainers.checkpoints import check_checkpoint, last_checkpoint
 from trainers.evaluation.distributed_rows import LAYOUTS, TOLERANCE, compare
 from trainers.evaluation.distributed_rows import launch as rows_launch
+from trainers.sharding import in_its_own_class
 
 
 ROOT = Path(__file__).parents[2]
@@ -208,7 +210,22 @@ def test_the_docs_command_shares_a_student(tmp_path):
     assert sorted(re.findall(r"process (\d): world_size=2", result.stdout)) == ["0", "1"]
     assert (tmp_path / "student" / "checkpoint-2" / "pytorch_model_fsdp_0").is_dir()  # shares
     student = LatentForgeForCausalLM.from_pretrained(tmp_path / "student")  # whole
+    names = {path.name for path in (tmp_path / "student").glob("*.py")}
+    assert "modeling_latentforge.py" in names and not any("fsdp" in name for name in names)
     assert torch.isfinite(student(torch.arange(12)[None]).logits).all()
+
+
+def test_a_sharded_student_is_saved_with_its_own_code(tmp_path):
+    """With torch's, `trust_remote_code` finds a class that is not there."""
+    student = tiny_student("regression")
+    own = type(student)
+    student.__class__ = sharded = type(f"FSDP{own.__name__}", (FSDPModule, own), {})
+    with in_its_own_class(student):
+        student.save_pretrained(tmp_path, state_dict=student.state_dict())
+    assert type(student) is sharded
+    assert "modeling_latentforge.py" in {path.name for path in tmp_path.glob("*.py")}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_latentforge.LatentForgeForCausalLM"
 
 
 # what two processes that hold half of a backbone each make of it
