@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
@@ -78,6 +79,15 @@ class ReadsInWords:
                 f"A {cls.__name__} cannot be read from its fields ({type(error).__name__}: {error}): config.json is "
                 "damaged, or was written for another class."
             ) from error
+
+    def validate_dtype(self):
+        """Raises:
+        ValueError: a `dtype` that names no number of torch; transformers would write it, and not read it again.
+        """
+        dtype = self.dtype  # type: ignore[attr-defined]
+        named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype  # saving makes it a name
+        if dtype is not None and not isinstance(named, torch.dtype):
+            raise ValueError(f"`dtype` must be one of torch's, as 'float32' or 'bfloat16', or None, got {dtype!r}.")
 
 
 @strict

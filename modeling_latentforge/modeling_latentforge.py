@@ -175,6 +175,7 @@ class LatentForgeModel(LatentForgePreTrainedModel):
             )
         # never used, and a parameter without gradient breaks DDP
         self.backbone.set_input_embeddings(None)
+        (self.backbone.tp_plan or {}).pop("embed_tokens", None)
         # a table of learned positions ends; other positions go on, at most with worse text
         self.has_position_table = any(isinstance(module, nn.Embedding) for module in self.backbone.modules())
         self.post_init()

@@ -41,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     from transformers import AutoTokenizer, set_seed
 
     from trainers.arguments import parse_arguments
-    from trainers.base_trainer import end_training
     from trainers.command_line import check_writable, model_path
     from trainers.data import DataArguments, PatchCollator, load_blocks
     from trainers.evaluation.likelihood import held_out_likelihood
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         trainer.save_metrics("eval", metrics)
         print(f"{model.num_parameters() / 1e6:.2f} M parameters; held-out:", metrics)
     trainer.accelerator.wait_for_everyone()
-    end_training(trainer)
+    trainer.end()
     return metrics
 
 

@@ -296,6 +296,14 @@ def check_config(case: dict[str, Any]) -> None:
             assert case["damage"][0] != "none"
 
 
+@pytest.mark.parametrize("dtype", [0.0, 5, "nn", {"head": "float32"}])
+@pytest.mark.parametrize("kind", [LatentForgeAutoencoderConfig, LatentForgeIdeaConfig])
+def test_a_dtype_that_is_none_is_refused_before_it_is_written(kind: type, dtype: Any):
+    """Found here: 0.0 was written into config.json, which could not be read again."""
+    with pytest.raises(Documented, match="`dtype` must be one of torch's"):
+        reading(lambda: kind.from_dict({"dtype": dtype}))
+
+
 # -- JSON lines
 
 jsonl = st.fixed_dictionaries(

@@ -5,12 +5,11 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, seed_worker
+from transformers.trainer_utils import EvalLoopOutput
 
 from .checkpoints import last_checkpoint
 from .model_card import KINDS, LICENSE, facts_of_trainer, fill_card, license_of, public_name
-from .preemption import StopOnSignal, TrainingStopped
+from .preemption import TrainingStopped
 from .safe_trainer import SafeTrainer
-from .sharding import in_one_group, shard_on_cpu
-from .streaming import POSITION_KEY, PackedStream, Position
+from .sharding import in_its_own_class, in_one_group, shard_on_cpu
 
 
 logger = logging.getLogger(__name__)
@@ -122,17 +120,6 @@ class LatentTrainingConfig(TrainingArguments):
         return {"true": True, "false": None}.get(str(value).lower(), value)
 
 
-def end_training(trainer: SafeTrainer) -> None:
-    """Finish trackers and leave the process group; the last line of a script, for every process. The trainer can
-    train no more."""
-    # Gloo's threads need Python's lock to let go of the last collective's tensors. Destroying the group waits for them
-    # without the lock; but where DistributedDataParallel is the last to hold the group, the group goes when that does,
-    # with the lock held, and the process hangs for good (torch 2.13).
-    trainer.model_wrapped = trainer.model
-    trainer.accelerator.free_memory()
-    trainer.accelerator.end_training()
-
-
 class LatentTrainer(SafeTrainer):
     """[`SafeTrainer`] for models that return `loss_components` next to `loss`.
 
@@ -144,14 +131,10 @@ class LatentTrainer(SafeTrainer):
     over exactly the rows of the dataset (copies that even out processes do not count), in a random state of its own:
     whether and when a run evaluates does not change what it learns.
 
-    SIGUSR1 ends training after the running step, with a checkpoint ([`TrainingStopped`]): what runs until then loses
-    nothing where a cluster takes its machine back.
-
     Callbacks may define two events beside the stock ones: `on_inputs(args, state, control, inputs, model)` sees and
     may fill every batch before its forward, `on_train_failed(args, state, control)` is told that training raised.
 
     Raises:
-        TrainingStopped: by [`train`], after SIGUSR1.
         ValueError: with several GPUs in one process (DataParallel): token positions and loss parts do not survive its
             splitting.
     """
@@ -177,10 +160,6 @@ class LatentTrainer(SafeTrainer):
         self._parts_last_step: int | None = None
         self._eval_sums: dict[str, float] | None = None
         self._card_arguments: dict[str, Any] = {}
-        self._stream: PackedStream | None = None
-        self._begins_anew = self._skips_by_itself = self._resumed = False
-        self._second_pass: Iterator[Any] | None = None
-        self._read: tuple[int, dict[int, Position]] = (0, {})  # since which step, up to where, by worker
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -224,27 +203,17 @@ class LatentTrainer(SafeTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._parts.clear()
         self._parts_last_step = None
-        stop = StopOnSignal(self.accelerator)
-        self.add_callback(stop)
         try:
-            with stop:
-                output = super().train(*args, **kwargs)
+            return super().train(*args, **kwargs)
+        except TrainingStopped:
+            raise
         except BaseException:
             self._dispatch("on_train_failed")
             raise
-        finally:
-            self.remove_callback(stop)
-        if stop.stops:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            raise TrainingStopped(str(folder), self.end)
-        return output
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> Any:
-        if self._stream is not None and resume_from_checkpoint is not None and not self._begins_anew:
-            self._stream.load(self._position_file(resume_from_checkpoint), self.args.dataloader_num_workers)
-            self._resumed = True
         with self._sharding():
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
@@ -314,80 +283,6 @@ class LatentTrainer(SafeTrainer):
             self._parts.clear()
             self._parts_last_step = self.state.global_step
         super().log(logs, start_time)
-
-    # -- streams
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Of a [`PackedStream`], this process's share; of any other set as in transformers."""
-        if not isinstance(self.train_dataset, PackedStream):
-            return super().get_train_dataloader()
-        args = self.args
-        self._stream = self.train_dataset.for_process(args.process_index, args.world_size)
-        # to go on is the stream's affair; transformers would read everything again and throw it away
-        self._begins_anew = args.ignore_data_skip and not self._skips_by_itself
-        args.ignore_data_skip = self._skips_by_itself = True
-        self._second_pass = None
-        return DataLoader(
-            self._stream,
-            batch_size=self._train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
-        )
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], Any]:
-        """As in transformers. Where a stream ends, processes that have no more get rows that ask for nothing: shares
-        are not of equal length, and all must take part in every step."""
-        if self._stream is None:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._keep_position()
-        batches, most = self._read_on(self._second_pass or epoch_iterator, num_batches, device)
-        if not most:
-            self._stream.next_pass()
-            if self._resumed:  # at the very end: an epoch without a step would end the training
-                self._second_pass = iter(self.callback_handler.train_dataloader)
-                batches, most = self._read_on(self._second_pass, num_batches, device)
-            else:
-                self._second_pass = None
-                self.control.should_epoch_stop = True
-        self._resumed = False
-        while most and len(batches) < num_batches:  # fewer would leave their gradient to the next step
-            batches.append(self.data_collator([self._stream.empty_row()]))
-        return batches, self._get_num_items_in_batch(batches, device)
-
-    def _read_on(
-        self, iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], int]:
-        """(batches, how many the process with the most has)"""
-        batches = list(islice(iterator, num_batches))
-        self._read = (self.state.global_step, {})
-        for batch in batches:
-            position = batch.pop(POSITION_KEY)
-            self._read[1][position["worker"]] = position
-        most = len(batches)
-        if self.args.world_size > 1:
-            most = int(self.accelerator.gather(torch.tensor([most], device=device)).max())
-        return batches, most
-
-    def _keep_position(self) -> None:
-        step, positions = self._read
-        if self._stream is not None and self.state.global_step > step:  # what was read was trained on
-            self._stream.positions.update(positions)
-            self._read = (self.state.global_step, {})
-
-    def _position_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"stream_{self.args.process_index}.json"
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self._stream is not None:
-            self._keep_position()
-            self._stream.save(self._position_file(output_dir), self.args.dataloader_num_workers)
 
     # -- evaluation
 
@@ -460,10 +355,6 @@ class LatentTrainer(SafeTrainer):
         values = torch.tensor([self._eval_sums[name] for name in names], dtype=dtype, device=self.args.device)
         return dict(zip(names, self.accelerator.reduce(values, "sum").tolist(), strict=True))
 
-    def end(self) -> None:
-        """As in transformers: the last line of a script, for every process."""
-        end_training(self)
-
     # -- saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -474,6 +365,10 @@ class LatentTrainer(SafeTrainer):
             plugin = self.accelerator.state.fsdp_plugin
             if "SHARDED_STATE_DICT" in str(plugin.state_dict_type):
                 self._save(self.args.output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with in_its_own_class(self.model):
+            super()._save(output_dir, state_dict=state_dict)
 
     # -- card
 

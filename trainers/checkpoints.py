@@ -3,9 +3,9 @@
     output_dir/_saving/checkpoint-12/    while it is written; what begins with `_` is never pushed
     output_dir/checkpoint-12/            once all of its files, and SHA256SUMS of them, are on the disk
 
-A run that dies while it saves leaves the first, which no tool takes for a checkpoint. Whoever resumes compares every
-file with its sum, so that one that was cut or changed later is not taken either. `sha256sum -c SHA256SUMS` does the
-same by hand.
+One that is to go is moved to the first place before it is removed. A run that dies while it saves or removes leaves
+what no tool takes for a checkpoint. Whoever resumes compares every file with its sum, so that one that was cut or
+changed later is not taken either. `sha256sum -c SHA256SUMS` does the same by hand.
 """
 
 import errno
@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -98,14 +99,21 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`; the newest and the best stay."""
+    """Remove the oldest checkpoints beyond `limit`; the newest and the best stay.
+
+    One that is half removed has not its name any more; one that cannot be moved stays whole.
+    """
     if not limit or limit < 1:
         return
     steps = [path for _, path in sorted(_numbered(output_dir))]
     kept = {steps[-1], *([Path(best)] if best is not None else [])} if steps else set()
     surplus = len(steps) - max(limit, len(kept))
+    saving = output_dir / SAVING
     for path in [path for path in steps if path not in kept][: max(surplus, 0)]:
-        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            saving.mkdir(exist_ok=True)
+            path.rename(saving / f"old-{path.name}")
+    shutil.rmtree(saving, ignore_errors=True)
 
 
 def is_write_error(error: BaseException) -> bool:

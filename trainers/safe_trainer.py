@@ -1,12 +1,18 @@
-"""A Trainer that loses nothing: checkpoints that are whole or not there, and steps that are numbers or not taken."""
+"""A Trainer that loses nothing: checkpoints that are whole or not there, steps that are numbers or not taken, streams
+that go on where they were."""
 
 import shutil
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_utils import seed_worker
 
 from .checkpoints import (
     SAVING,
@@ -20,6 +26,8 @@ from .checkpoints import (
     write_failed,
 )
 from .nonfinite import NonFiniteGuard
+from .preemption import StopOnSignal, TrainingStopped
+from .streaming import POSITION_KEY, PackedStream, Position
 
 
 class SafeTrainer(Trainer):
@@ -30,8 +38,12 @@ class SafeTrainer(Trainer):
     * `resume_from_checkpoint=True` takes the newest that is whole, a folder must be.
     * A step whose loss or gradient is not finite ends training, with its batch kept, or is left out and counted
       (`args.nonfinite_loss`, `nonfinite.py`). DeepSpeed's engine holds its own gradients: there the losses are seen.
+    * SIGUSR1 ends training after the running step, with a checkpoint (`preemption.py`): what runs until then loses
+      nothing where a cluster takes its machine back.
+    * A [`PackedStream`] goes on exactly where the checkpoint was (`streaming.py`).
 
     Raises:
+        TrainingStopped: from `train`, after SIGUSR1.
         ValueError: from `train`, where there is no whole checkpoint to resume from, and where a step is not finite.
         OSError: from `train`, where a checkpoint cannot be written.
     """
@@ -39,6 +51,10 @@ class SafeTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._is_saving = False
+        self._stream: PackedStream | None = None
+        self._begins_anew = self._skips_by_itself = self._resumed = False
+        self._second_pass: Iterator[Any] | None = None
+        self._read: tuple[int, dict[int, Position]] = (0, {})  # since which step, up to where, by worker
         self.guard = NonFiniteGuard(self)
         self.add_callback(self.guard)
 
@@ -56,7 +72,17 @@ class SafeTrainer(Trainer):
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
         self.guard.begin()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        stop = StopOnSignal(self.accelerator)
+        self.add_callback(stop)
+        try:
+            with stop:
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.remove_callback(stop)
+        if stop.stops:
+            checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            raise TrainingStopped(str(checkpoint), self.end)
+        return output
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.guard.watch(inputs, super().training_step(model, inputs, *args, **kwargs))
@@ -70,6 +96,88 @@ class SafeTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         self.guard.correct(logs)
         super().log(logs, *args, **kwargs)
+
+    # -- streams
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Of a [`PackedStream`], this process's share; of any other set as in transformers."""
+        if not isinstance(self.train_dataset, PackedStream):
+            return super().get_train_dataloader()
+        args = self.args
+        self._stream = self.train_dataset.for_process(args.process_index, args.world_size)
+        # to go on is the stream's affair; transformers would read everything again and throw it away
+        self._begins_anew = args.ignore_data_skip and not self._skips_by_itself
+        args.ignore_data_skip = self._skips_by_itself = True
+        self._second_pass = None
+        return DataLoader(
+            self._stream,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> Any:
+        if self._stream is not None and resume_from_checkpoint is not None and not self._begins_anew:
+            self._stream.load(self._position_file(resume_from_checkpoint), self.args.dataloader_num_workers)
+            self._resumed = True
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Any]:
+        """As in transformers. Where a stream ends, processes that have no more get rows that ask for nothing: shares
+        are not of equal length, and all must take part in every step."""
+        if self._stream is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._keep_position()
+        batches, most = self._read_on(self._second_pass or epoch_iterator, num_batches, device)
+        if not most:
+            self._stream.next_pass()
+            if self._resumed:  # at the very end: an epoch without a step would end the training
+                self._second_pass = iter(self.callback_handler.train_dataloader)
+                batches, most = self._read_on(self._second_pass, num_batches, device)
+            else:
+                self._second_pass = None
+                self.control.should_epoch_stop = True
+        self._resumed = False
+        while most and len(batches) < num_batches:  # fewer would leave their gradient to the next step
+            batches.append(self.data_collator([self._stream.empty_row()]))
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _read_on(
+        self, iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], int]:
+        """(batches, how many the process with the most has)"""
+        batches = list(islice(iterator, num_batches))
+        self._read = (self.state.global_step, {})
+        for batch in batches:
+            position = batch.pop(POSITION_KEY)
+            self._read[1][position["worker"]] = position
+        most = len(batches)
+        if self.args.world_size > 1:
+            most = int(self.accelerator.gather(torch.tensor([most], device=device)).max())
+        return batches, most
+
+    def _keep_position(self) -> None:
+        step, positions = self._read
+        if self._stream is not None and self.state.global_step > step:  # what was read was trained on
+            self._stream.positions.update(positions)
+            self._read = (self.state.global_step, {})
+
+    def _position_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"stream_{self.args.process_index}.json"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._stream is not None:
+            self._keep_position()
+            self._stream.save(self._position_file(output_dir), self.args.dataloader_num_workers)
 
     # -- checkpoints
 
@@ -126,3 +234,15 @@ class SafeTrainer(Trainer):
             self.state.best_model_checkpoint = str(root / f"checkpoint-{best}")
         if self.args.should_save:
             self.state.save_to_json(str(staged / STATE))
+
+    # -- the end
+
+    def end(self) -> None:
+        """Finish trackers and leave the process group; the last line of a script, for every process. The trainer can
+        train no more."""
+        # Gloo's threads need Python's lock to let go of the last collective's tensors. Destroying the group waits for
+        # them without the lock; but where DistributedDataParallel is the last to hold the group, the group goes when
+        # that does, with the lock held, and the process hangs for good (torch 2.13).
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()

@@ -52,3 +52,16 @@ def in_one_group(model: nn.Module) -> Iterator[None]:
     finally:
         for name in names:
             delattr(model, name)
+
+
+@contextmanager
+def in_its_own_class(model: nn.Module) -> Iterator[None]:
+    """While it is saved, a sharded model is what it was: FSDP2 makes it a class of torch's, and the code of that would
+    be put beside the weights, where it loads nothing."""
+    sharded: Any = type(model)
+    if issubclass(sharded, FSDPModule):
+        model.__class__ = next(kind for kind in sharded.__mro__ if not issubclass(kind, FSDPModule))
+    try:
+        yield
+    finally:
+        model.__class__ = sharded

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
 from modeling_latentforge import LatentForgeForCausalLM
-from tests.conftest import tiny_autoencoder
+from tests.conftest import tiny_autoencoder, tiny_student
 from tests.modeling_latentforge.test_wire import receiver
 from tests.trainers.training_helpers import TEXT, byte_tokenizer, tiny_teacher
+from trainers.checkpoints import check_checkpoint, last_checkpoint
 from trainers.evaluation.distributed_rows import LAYOUTS, TOLERANCE, compare
 from trainers.evaluation.distributed_rows import launch as rows_launch
+from trainers.sharding import in_its_own_class
 
 
 ROOT = Path(__file__).parents[2]
@@ -206,4 +210,110 @@ def test_the_docs_command_shares_a_student(tmp_path):
     assert sorted(re.findall(r"process (\d): world_size=2", result.stdout)) == ["0", "1"]
     assert (tmp_path / "student" / "checkpoint-2" / "pytorch_model_fsdp_0").is_dir()  # shares
     student = LatentForgeForCausalLM.from_pretrained(tmp_path / "student")  # whole
+    names = {path.name for path in (tmp_path / "student").glob("*.py")}
+    assert "modeling_latentforge.py" in names and not any("fsdp" in name for name in names)
     assert torch.isfinite(student(torch.arange(12)[None]).logits).all()
+
+
+def test_a_sharded_student_is_saved_with_its_own_code(tmp_path):
+    """With torch's, `trust_remote_code` finds a class that is not there."""
+    student = tiny_student("regression")
+    own = type(student)
+    student.__class__ = sharded = type(f"FSDP{own.__name__}", (FSDPModule, own), {})
+    with in_its_own_class(student):
+        student.save_pretrained(tmp_path, state_dict=student.state_dict())
+    assert type(student) is sharded
+    assert "modeling_latentforge.py" in {path.name for path in tmp_path.glob("*.py")}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_latentforge.LatentForgeForCausalLM"
+
+
+# what two processes that hold half of a backbone each make of it
+SHARED = """
+import sys, torch
+from transformers.distributed import DistributedConfig
+from modeling_latentforge import LatentForgeForCausalLM
+from trainers.evaluation.distributed_runs import in_processes
+
+ids = torch.arange(60)[None] * 3 % 250
+whole = LatentForgeForCausalLM.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    expected = whole(ids).logits
+written = whole.generate(ids[:, :21], max_new_tokens=13, do_sample=False)
+
+def work(rank):
+    config = DistributedConfig(tp_size=2, tp_plan="auto")
+    student = LatentForgeForCausalLM.from_pretrained(sys.argv[1], distributed_config=config).eval()
+    weight = student.model.backbone.layers[0].self_attn.q_proj.weight
+    assert weight.to_local().shape[0] * 2 == weight.shape[0], "not shared"
+    with torch.no_grad():
+        torch.testing.assert_close(student(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(student.generate(ids[:, :21], max_new_tokens=13, do_sample=False), written)
+
+sys.exit(max(in_processes(2, work)))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_backbone_by_its_own_plan(tmp_path):
+    """Tensor parallel is inherited: a layer of ours between the backbone's, or a rule for a matrix that is not there,
+    gives other logits or none."""
+    tiny_student("regression").save_pretrained(tmp_path)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SHARED, str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "match nothing" not in result.stderr, result.stderr[-3000:]
+
+
+# a training in shares that is killed when its weights are written and its optimizer is not; then on, and once whole
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import transformers.trainer
+from trainers.checkpoints import last_checkpoint
+from trainers.evaluation.distributed_runs import in_processes, launcher_environment, trainer_of
+
+root = Path(sys.argv[1])
+os.environ.update(launcher_environment(Path(sys.argv[2])))
+
+def train(folder, resumes=False, dies_at=None):
+    def work(rank):
+        trainer = trainer_of("student", root / folder, 2, max_steps=6, save_steps=2)
+        write = transformers.trainer.save_fsdp_optimizer
+
+        def die(*args, **kwargs):
+            if trainer.state.global_step == dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(*args, **kwargs)
+
+        transformers.trainer.save_fsdp_optimizer = die
+        trainer.train(resume_from_checkpoint=resumes or None)
+        trainer.save_model()
+
+    return in_processes(2, work)
+
+killed = train("run", dies_at=4)
+assert -signal.SIGKILL in killed and 0 not in killed, killed
+assert list((root / "run" / "_saving" / "checkpoint-4" / "pytorch_model_fsdp_0").glob("*.distcp"))
+assert Path(last_checkpoint(root / "run")).name == "checkpoint-2"
+assert train("run", resumes=True) == train("whole") == [0, 0]
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_shares_that_is_half_written_is_not_gone_on_from(tmp_path):
+    """Weights of one step with the optimizer of another load without an error, and so does a share of zeros."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    config = ROOT / "scripts" / "accelerate_configs" / "fsdp2.yaml"
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(config)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr[-3000:]
+    ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("run", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    share = next((tmp_path / "run" / "checkpoint-6").glob("*_fsdp_0/*.distcp"))
+    share.write_bytes(b"\0" * share.stat().st_size)
+    with pytest.raises(ValueError, match=f"{share.name} is not what was written"):
+        check_checkpoint(tmp_path / "run" / "checkpoint-6")
+    assert last_checkpoint(tmp_path / "run") == str(tmp_path / "run" / "checkpoint-4")

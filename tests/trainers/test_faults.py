@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from tests.conftest import tiny_autoencoder, tiny_student
 from tests.trainers.training_helpers import byte_tokenizer, ragged_rows, tiny_args, tiny_teacher, train_log
 from trainers import AEConfig, AETrainer, KDConfig, KDTrainer, PatchCollator
-from trainers.checkpoints import SAVING, SUMS, check_checkpoint, last_checkpoint
+from trainers.checkpoints import SAVING, SUMS, check_checkpoint, last_checkpoint, rotate
 from trainers.token_lm import TokenLMConfig, TokenLMTrainer
 
 
@@ -304,6 +304,21 @@ def test_older_checkpoints_go_only_when_the_new_one_is_there(tmp_path, monkeypat
         ["checkpoint-4", "checkpoint-6"],
         ["checkpoint-6"],
     ]
+
+
+def test_one_that_is_half_removed_has_not_its_name(tmp_path, monkeypatch):
+    """Where its sums went first, what is left of it reads as a checkpoint of an older version."""
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / SUMS).touch()
+
+    def die(folder, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        rotate(tmp_path, 2, None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [SAVING, "checkpoint-4", "checkpoint-6"]
 
 
 def test_the_best_checkpoint_has_its_lasting_name(tmp_path):

@@ -9,8 +9,8 @@ import torch
 from transformers import TrainerCallback
 
 from tests.conftest import tiny_autoencoder
-from tests.trainers.training_helpers import ragged_rows, tiny_args
-from trainers import AEConfig, AETrainer, PatchCollator
+from tests.trainers.training_helpers import byte_tokenizer, ragged_rows, tiny_args, tiny_teacher
+from trainers import AEConfig, AETrainer, DataArguments, PatchCollator, TokenLMConfig, TokenLMTrainer, load_blocks
 from trainers.command_line import run
 from trainers.preemption import TrainingStopped
 
@@ -47,6 +47,29 @@ def test_a_training_that_is_stopped_and_gone_on_with_is_the_same(tmp_path):
     whole.train()
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_token_lm_too_goes_on_in_its_stream(tmp_path):
+    """Teachers are trained longest; one that begins its text anew at every restart knows the beginning by heart."""
+    (tmp_path / "text.txt").write_text("".join(f"{number} potatoes, " for number in range(400)))
+    (tmp_path / "held_out.txt").write_text("held out")
+    data = DataArguments(
+        str(tmp_path / "text.txt"), eval_data=str(tmp_path / "held_out.txt"), block_size=16, streaming=True
+    )
+
+    def train(folder, *callbacks, **kwargs):
+        stream, _ = load_blocks(data, byte_tokenizer(), 4, seed=0)
+        args = tiny_args(TokenLMConfig, tmp_path / folder, max_steps=6, gradient_accumulation_steps=2)
+        model = tiny_teacher().train()
+        collator = PatchCollator(4)
+        trainer = TokenLMTrainer(model, args, train_dataset=stream, data_collator=collator, callbacks=list(callbacks))
+        trainer.train(**kwargs)
+        return list(model.parameters())
+
+    with pytest.raises(TrainingStopped, match="checkpoint-3"):
+        train("run", SignalAt(2))
+    resumed, whole = train("run", resume_from_checkpoint=True), train("whole")
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(resumed, whole, strict=True))
 
 
 def test_a_training_that_is_over_is_not_stopped(tmp_path):

@@ -147,8 +147,8 @@ def run_case(case: str, folder: Path, accumulation: int) -> dict[str, Any]:
     checkpoint = output_dir / f"checkpoint-{STEPS}"
     if way == "fsdp2":
         merge_fsdp_weights(str(checkpoint / "pytorch_model_fsdp_0"), str(checkpoint))  # waits for all processes
-        model.config.save_pretrained(checkpoint)
     if trainer.is_world_process_zero():
+        model.config.save_pretrained(checkpoint)
         loaders: dict[str, Any] = {"codec": LatentForgeAutoencoder, "student": LatentForgeForCausalLM}
         for name, place in (("final", output_dir), ("checkpoint", checkpoint)):
             with torch.no_grad():

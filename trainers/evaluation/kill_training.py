@@ -2,6 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m trainers.evaluation.kill_training FOLDER POINTS INSIDE SEED
 
+POINTS and INSIDE are of each kind of trainer. A point is a line of FOLDER/points.jsonl once it is done; the same
+command goes on behind it.
+
 Every training is a process of its own, forked from one that has imported everything; the forking one kills it with
 SIGKILL from outside. Half of a run's random choices (dropout, noise, the order of rows, receivers) would show in its
 last weights if the resumed run drew others.
@@ -17,6 +20,7 @@ import signal
 import statistics
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -24,12 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from modeling_latentforge import (
     LatentForgeAutoencoder,
     LatentForgeAutoencoderConfig,
     LatentForgeForCausalLM,
+    LatentForgeIdea,
+    LatentForgeIdeaConfig,
     LatentForgeWire,
     LatentForgeWireConfig,
     Receiver,
@@ -37,8 +44,10 @@ from modeling_latentforge import (
 
 from ..ae_config import AEConfig
 from ..ae_trainer import AETrainer
-from ..checkpoints import check_checkpoint, last_checkpoint
+from ..checkpoints import SAVING, check_checkpoint, last_checkpoint
 from ..data import PatchCollator
+from ..idea_config import IdeaConfig
+from ..idea_trainer import IdeaTrainer
 from ..kd_config import KDConfig
 from ..kd_trainer import KDTrainer
 from ..safe_trainer import SafeTrainer
@@ -51,10 +60,11 @@ from ..wire_models import byte_tokenizer
 from ..wire_trainer import WireTrainer
 
 
-KINDS = ("codec", "student", "kd", "wire")
+KINDS = ("codec", "student", "kd", "wire", "idea")
 EOS, PAD, VOCAB = 256, 257, 258
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 STEPS, SAVE_EVERY, KEPT = 12, 2, 2
+LONGEST = 900  # seconds of a training of seconds; then it hangs
 TRIES = 6  # a point after the training's end is drawn again
 
 
@@ -79,8 +89,9 @@ def token_rows(count: int = 25, length: int = 16) -> list[dict[str, list[int]]]:
 
 
 def text_rows(count: int = 16) -> list[dict[str, Any]]:
+    words = {"prompt": "\nThe key?", "steps": ("The key is here.", "It is not.")}
     return [
-        {"context": f"Room {row}: the key is number {7 * row % 16}.", "prompt": "\nThe key?", "answers": (str(row),)}
+        {**words, "context": f"Room {row}: the key is number {7 * row % 16}.", "answers": (str(row),)}
         for row in range(count)
     ]
 
@@ -105,17 +116,22 @@ def build(kind: str, folder: Path) -> SafeTrainer:
     blocks: dict[str, Any] = {"train_dataset": token_rows(), "data_collator": PatchCollator(4)}
     if kind == "codec":
         return AETrainer(codec(), AEConfig(**common), **blocks)
-    if kind == "wire":
+    if kind in ("wire", "idea"):
         tokenizer = byte_tokenizer()
         tokenizer.add_special_tokens({"eos_token": "<|eos|>"})
         encoder = new_encoder_config(None, None, hidden_size=32, num_layers=1, num_heads=2, intermediate_size=48)
-        config = LatentForgeWireConfig(
-            encoder_config=encoder, source="bytes", pooling="queries", num_latents=8, latent_size=16
-        )
-        wire = LatentForgeWire(config)
+        sizes: dict[str, Any] = {"encoder_config": encoder, "source": "bytes", "pooling": "queries", "latent_size": 16}
+        if kind == "wire":
+            model: LatentForgeWire = LatentForgeWire(LatentForgeWireConfig(**sizes, num_latents=8))
+        else:
+            sizes |= {"num_ideas": 4, "compression_hidden": 32, "middle_hidden": 32, "prefix_len": 4, "receiver": None}
+            model = LatentForgeIdea(LatentForgeIdeaConfig(**sizes, steps=2))
         for name in ("one", "two"):
-            wire.add_receiver(name, Receiver(token_lm(tokenizer.eos_token_id, len(tokenizer)), tokenizer))
-        return WireTrainer(wire, WireConfig(**common, min_latents=2), train_dataset=text_rows())
+            model.add_receiver(name, Receiver(token_lm(tokenizer.eos_token_id, len(tokenizer)), tokenizer))
+        if kind == "wire":
+            return WireTrainer(model, WireConfig(**common, min_latents=2), train_dataset=text_rows())
+        stages: dict[str, Any] = {"align_steps": 3, "encoder_steps": 3, "train_backbone": True, "sample_outputs": 0}
+        return IdeaTrainer(model, IdeaConfig(**common, **stages), train_dataset=text_rows())
     head = {"head_type": "energy" if kind == "student" else "regression", "num_samples": 3, "num_targets": 4}
     student = LatentForgeForCausalLM.from_autoencoder(
         codec(), LlamaConfig(**SIZES, vocab_size=VOCAB), head_config=head, decoder_num_heads=2, initializer_range=0.3
@@ -163,9 +179,9 @@ def _train(kind: str, folder: Path, resumes: bool, told: int, result: Path) -> N
         tell(f"saved {trainer.state.global_step}")
 
     trainer._save_checkpoint = save  # type: ignore[method-assign]
-    if resumes:
-        torch.manual_seed(12345)  # of another process, as a restarted program has it
     found = resumes and last_checkpoint(folder / "run") is not None
+    if found:
+        torch.manual_seed(12345)  # the checkpoint alone must say what is drawn
     trainer.train(resume_from_checkpoint=True if found else None)
     result.write_text(fingerprint(trainer), encoding="utf-8")
 
@@ -192,6 +208,7 @@ def training(kind: str, folder: Path, resumes: bool = False, kill: tuple[str, in
     process = os.fork()
     if process == 0:
         try:
+            signal.alarm(LONGEST)
             os.close(reads)
             _train(kind, folder, resumes, writes, result)
             os._exit(0)
@@ -226,7 +243,7 @@ def _durations(trace: Trace) -> tuple[float, float]:
 # -- points
 
 
-def point(kind: str, root: Path, number: int, aims_inside: bool, draw: random.Random) -> dict[str, Any]:
+def point(kind: str, root: Path, number: int, aims_inside: bool, seed: int) -> dict[str, Any]:
     """Kill once, look at what is left, resume, compare."""
     whole = root / f"{kind}-whole"
     if not (whole / "durations.json").exists():
@@ -235,6 +252,7 @@ def point(kind: str, root: Path, number: int, aims_inside: bool, draw: random.Ra
         (whole / "durations.json").write_text(json.dumps(durations), encoding="utf-8")
     total, saving = json.loads((whole / "durations.json").read_text())
     folder = root / f"{kind}-{number}"
+    draw = random.Random(f"{seed} {kind} {number}")
     for _ in range(TRIES):
         shutil.rmtree(folder, ignore_errors=True)
         if aims_inside:
@@ -247,53 +265,84 @@ def point(kind: str, root: Path, number: int, aims_inside: bool, draw: random.Ra
             break
     else:
         raise RuntimeError(f"{kind}, point {number}: {TRIES} trainings ended before they were killed")
-    saved = [step for _, word, step in trace if word == "saved"]
-    inside = trace[-1][1] == "saves"
+    saved = max((step for _, word, step in trace if word == "saved"), default=0)
     left = last_checkpoint(folder / "run")
     newest = 0 if left is None else int(left.rsplit("-", 1)[1])
     # what has its name must be whole, and nothing that was saved may be gone
-    halves = []
-    for path in (folder / "run").glob("checkpoint-*"):
+    halves = _broken(folder / "run")
+    beside = _broken(folder / "run" / SAVING)
+    store = folder / "kd.sqlite"
+    sound = not store.exists() or SQLiteStore(store).check_integrity() == "ok"
+    resumed = training(kind, folder, resumes=True)
+    found = {
+        "kind": kind,
+        "number": number,
+        "kill": kill,
+        "inside": trace[-1][1] == "saves",
+        "saved": saved,
+        "whole": newest,
+        "resumed_from": resumed[0][2],
+        "lost": newest < saved,
+        "halves": halves,
+        "halves_beside": beside,
+        "store_sound": sound,
+        "same": (folder / "result").read_text() == (whole / "result").read_text(),
+    }
+    if passed(found):
+        shutil.rmtree(folder)
+    return found
+
+
+def passed(found: dict[str, Any]) -> bool:
+    """Whether a point cost nothing."""
+    whole = not found["lost"] and not found["halves"] and found["resumed_from"] == found["whole"]
+    return whole and found["store_sound"] and found["same"]
+
+
+def _broken(folder: Path) -> list[str]:
+    found = []
+    for path in folder.glob("checkpoint-*"):
         try:
             check_checkpoint(path)
         except ValueError as error:
-            halves.append(str(error))
-    sound = (
-        kind != "kd"
-        or not (folder / "kd.sqlite").exists()
-        or SQLiteStore(folder / "kd.sqlite").check_integrity() == "ok"
-    )
-    training(kind, folder, resumes=True)
-    same = (folder / "result").read_text() == (whole / "result").read_text()
-    return {
-        "kind": kind,
-        "kill": kill,
-        "inside": inside,
-        "saved": saved[-1] if saved else 0,
-        "resumed_from": newest,
-        "lost": newest < (saved[-1] if saved else 0),
-        "halves": halves,
-        "store_sound": sound,
-        "same": same,
-    }
+            found.append(str(error))
+    return found
 
 
 def points(root: Path, count: int, aimed_inside: int, seed: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """`count` points in turns over the kinds, `aimed_inside` of them at a save."""
+    """`count` points of each kind, `aimed_inside` of them at a save. Those that `root` has already are said again."""
+    # tqdm's own lock is shared with forks: one that is killed while it holds it would stop all later ones for good
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     root.mkdir(parents=True, exist_ok=True)
     if not (root / "teacher").exists():
         token_lm().save_pretrained(root / "teacher.part")
         byte_tokenizer().save_pretrained(root / "teacher.part")
         (root / "teacher.part").rename(root / "teacher")
-    draw = random.Random(seed)
-    aims = [True] * aimed_inside + [False] * (count - aimed_inside)
-    draw.shuffle(aims)
+    aims = {kind: [number < aimed_inside for number in range(count)] for kind in KINDS}
+    for kind, inside in aims.items():
+        random.Random(f"{seed} {kind}").shuffle(inside)
+    kept = root / "points.jsonl"
+    done = {(one["kind"], one["number"]): one for one in _read(kept)}
     found = []
-    for number, aims_inside in enumerate(aims):
-        one = point(KINDS[number % len(KINDS)], root, number, aims_inside, draw)
-        found.append(one)
-        say(json.dumps(one))
+    for number in range(count):
+        for kind in KINDS:
+            one = done.get((kind, number))
+            if one is None:
+                one = point(kind, root, number, aims[kind][number], seed)
+                with kept.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(one) + "\n")
+            found.append(one)
+            say(json.dumps(one))
     return found
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # an interruption may have cut the last line
+    path.write_text(whole + "\n" * bool(whole), encoding="utf-8")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def _say(line: str) -> None:
