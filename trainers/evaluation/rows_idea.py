@@ -161,7 +161,7 @@ def reconstruction(context: Context, count: int = 256) -> Measured:
             compression_hidden=1024,
             batch_size=64,
             align_weight=1 / embed_mean_square(receiver),
-            max_steps=2600 if ideas == 8 else 300,
+            max_steps=3800 if ideas == 8 else 300,
         )
         ours = said(idea, texts, 40, prompt="\n")
         ids = [
@@ -359,7 +359,7 @@ ROWS = [
         reconstruction,
         long=True,
         setup="receiver 2 x 256 (Llama, V=1024), trained here on windows of novels that are said twice; encoder: BERT "
-        "of 2 x 256, random weights, trained on; align_weight; 2,600 steps (1 x 256: 300) of 64 windows of 32 "
+        "of 2 x 256, random weights, trained on; align_weight; 3,800 steps (1 x 256: 300) of 64 windows of 32 "
         "tokens each, 256 windows of other novels, greedy",
     ),
     Row(
