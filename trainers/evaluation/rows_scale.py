@@ -11,6 +11,7 @@ from xml.etree import ElementTree  # nosec B405 # of what pytest has just writte
 from ..verification import ROOT, Context, Measured, Row, code_hash
 from . import distributed_rows, throughput_rows
 from .audit import ServiceAway, advisories, bandit_findings
+from .kill_training import KINDS
 
 
 SEED = 20261122
@@ -41,7 +42,7 @@ def kill(context: Context, points: int = 30, aimed_inside: int = 16, at_least: i
 
 def judged(found: list[dict[str, Any]], points: int, at_least: int) -> Measured:
     """The verdict on kills, of `kill_training.point`."""
-    by_kind = {kind: [one for one in found if one["kind"] == kind] for kind in {one["kind"]: 0 for one in found}}
+    by_kind = {kind: [one for one in found if one["kind"] == kind] for kind in KINDS}
     inside = {kind: sum(one["inside"] for one in ones) for kind, ones in by_kind.items()}
     lost = sum(one["lost"] for one in found)
     halves = sum(len(one["halves"]) for one in found)
@@ -55,8 +56,8 @@ def judged(found: list[dict[str, Any]], points: int, at_least: int) -> Measured:
         f"{halves} half ones with a checkpoint's name, {beside} beside them and {loaded} loaded, {same} of "
         f"{len(found)} with the same last weights, {damaged} stores damaged"
     )
-    enough = all(len(ones) == points and inside[kind] >= at_least for kind, ones in by_kind.items()) and found
-    passed = bool(enough) and not (lost or halves or loaded or damaged) and same == len(found)
+    enough = all(len(ones) == points and inside[kind] >= at_least for kind, ones in by_kind.items())
+    passed = enough and not (lost or halves or loaded or damaged) and same == len(found)
     return Measured(figure, passed, {"points": found})
 
 

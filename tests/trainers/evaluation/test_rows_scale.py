@@ -7,10 +7,12 @@ import pytest
 
 from trainers.evaluation import rows_scale
 from trainers.evaluation.audit import Advisories, Finding, ServiceAway
+from trainers.evaluation.kill_training import KINDS
 from trainers.verification import Context, load_topic
 
 
-POINT = {"kind": "codec", "inside": True, "lost": False, "halves": [], "store_sound": True, "same": True}
+POINT = {"inside": True, "lost": False, "halves": [], "halves_beside": [], "store_sound": True, "same": True}
+POINT |= {"whole": 4, "resumed_from": 4}
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,8 @@ POINT = {"kind": "codec", "inside": True, "lost": False, "halves": [], "store_so
         ({"inside": False}, False),
         ({"lost": True}, False),
         ({"halves": ["cut"]}, False),
+        ({"resumed_from": 2}, False),
+        ({"kind": "wire"}, False),
         ({"store_sound": False}, False),
         ({"same": False}, False),
     ],
@@ -31,14 +35,16 @@ def test_one_kill_that_costs_something_is_enough_to_fall_short(
 
     class Process:
         def __init__(self, *args: Any, **kwargs: Any):
-            self.stdout = [json.dumps(POINT) + "\n", "a log's line\n", json.dumps(POINT | change) + "\n"]
+            points = [{"kind": kind} | POINT for kind in [*KINDS, *KINDS]]
+            points[-1] |= change
+            self.stdout = ["a log's line\n", *(json.dumps(point) + "\n" for point in points)]
 
         def wait(self) -> int:
             return 0
 
     monkeypatch.setattr(rows_scale.subprocess, "Popen", Process)
     measured = rows_scale.kill(context, points=2, aimed_inside=2, at_least=2)
-    assert measured.passed == passed and f"seed {rows_scale.SEED}: 2 kills" in measured.figure
+    assert measured.passed == passed and f"seed {rows_scale.SEED}: 10 kills" in measured.figure
     assert not rows_scale.kill(context, points=3, at_least=2).passed, "one is missing"
 
 
