@@ -140,6 +140,25 @@ class LatentForgePreTrainedModel(CompleteCheckpointMixin, PreTrainedModel):
         "autoencoder",
     )
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, and as a codec's: nothing may be missing.
+
+        Raises:
+            ValueError: see [`LatentForgeAutoencoder`]; a `distributed_config` whose `tp_size` cuts a head of attention
+                in two.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        size = getattr(kwargs.get("distributed_config"), "tp_size", None) or 1
+        config = (loaded[0] if isinstance(loaded, tuple) else loaded).config.backbone_config
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            heads = getattr(config, name, None)
+            if heads is not None and heads % size:
+                raise ValueError(
+                    f"tp_size ({size}) must divide {name} of the backbone ({heads}): a process has whole heads."
+                )
+        return loaded
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -249,6 +249,12 @@ def work(rank):
     with torch.no_grad():
         torch.testing.assert_close(student(ids).logits, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(student.generate(ids[:, :21], max_new_tokens=13, do_sample=False), written)
+    try:
+        LatentForgeForCausalLM.from_pretrained(sys.argv[2], distributed_config=config)
+    except ValueError as error:
+        assert "tp_size (2) must divide num_key_value_heads of the backbone (1)" in str(error), error
+    else:
+        raise AssertionError("a head was cut in two")
 
 sys.exit(max(in_processes(2, work)))
 """
@@ -257,10 +263,13 @@ sys.exit(max(in_processes(2, work)))
 @pytest.mark.slow
 def test_two_processes_share_a_backbone_by_its_own_plan(tmp_path):
     """Tensor parallel is inherited: a layer of ours between the backbone's, or a rule for a matrix that is not there,
-    gives other logits or none."""
-    tiny_student("regression").save_pretrained(tmp_path)
+    gives other logits or none. Half a head says "shape is invalid" in the first forward, and not why."""
+    tiny_student("regression").save_pretrained(tmp_path / "student")
+    config = tiny_student("regression").config
+    config.backbone_config.num_key_value_heads = 1
+    LatentForgeForCausalLM(config).save_pretrained(tmp_path / "one_head")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", SHARED, str(tmp_path)]
+    command = [sys.executable, "-c", SHARED, str(tmp_path / "student"), str(tmp_path / "one_head")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "match nothing" not in result.stderr, result.stderr[-3000:]
