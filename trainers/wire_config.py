@@ -10,7 +10,8 @@ class WireConfig(LatentTrainingConfig):
     """`TrainingArguments` plus what a wire learns by: parts in nats per token of the answer, all examples alike.
 
     Raises:
-        ValueError: a negative weight, nothing to learn, a temperature that is not above 0, a number below 1.
+        ValueError: a negative weight, nothing to learn, a temperature that is not above 0, a number below 1, a sampler
+            of token ids.
     """
 
     answer_weight: float = field(default=1.0, metadata={"help": "Weight of the answers (cross-entropy)."})
@@ -85,6 +86,11 @@ class WireConfig(LatentTrainingConfig):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if not any(getattr(self, name) for name in weights):
             raise ValueError(f"{', '.join(weights)} are all 0, nothing would be learned: raise one.")
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy batch_rebalance counts token ids, and examples here are texts: take "
+                "group_by_length."
+            )
         if not self.kd_temperature > 0:
             raise ValueError(f"kd_temperature must be above 0, got {self.kd_temperature}.")
         for name in ("answer_tokens", "min_latents", "gist_target_len"):

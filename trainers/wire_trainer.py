@@ -3,13 +3,14 @@
 import json
 import random
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from modeling_latentforge import LatentForgeWire
 
@@ -48,6 +49,28 @@ class WireCollator:
             "prompts": [row["prompt"] for row in rows],
             "answers": [row["answers"][0] for row in rows],
         }
+
+
+class TextLengthSampler(LengthGroupedSampler):
+    """transformers' sampler of texts of similar length, whose order follows from seed and epoch alone: a resumed run
+    reads what is left, where the original draws another order.
+
+    Args:
+        batch_size: rows of a step.
+        lengths: of the texts, in any unit.
+        seed: as `args.data_seed`.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 @dataclass(frozen=True)
@@ -99,6 +122,17 @@ class WireTrainer(LatentTrainer):
             receiver.model.to(self.args.device)
         self._last_step: tuple[int, float] | None = None  # number and time
         self._seconds: float | None = None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        args, dataset = self.args, self.train_dataset if train_dataset is None else train_dataset
+        if args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(dataset)
+        lengths = [len((row if isinstance(row, Mapping) else vars(row))["context"]) for row in dataset]
+        return TextLengthSampler(
+            args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            lengths,
+            args.seed if args.data_seed is None else args.data_seed,
+        )
 
     def count_items(self, labels: torch.Tensor) -> torch.Tensor:
         return (labels != -100).sum()

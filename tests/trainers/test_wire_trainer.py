@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import statistics
 
 import pytest
 import torch
@@ -90,9 +91,11 @@ def test_latents_come_to_carry_the_answer_and_nothing_else_does(reader, tmp_path
     assert fingerprint(reader.model) == before, "the receiver is frozen"
 
 
-def test_a_resumed_run_is_the_run_that_was_not_broken_off(reader, tmp_path):
-    """Receivers and numbers of latents that are drawn anew after a fault train another wire."""
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_a_resumed_run_is_the_run_that_was_not_broken_off(reader, tmp_path, strategy):
+    """Receivers, numbers of latents and texts that are drawn anew after a fault train another wire."""
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "min_latents": 4, "seed": 3}
+    options["train_sampling_strategy"] = strategy
     whole = wire_of(reader, pooling="queries")
     trainer_of(whole, tmp_path / "whole", rooms(0), **options).train()
     broken = wire_of(reader, pooling="queries")
@@ -101,6 +104,42 @@ def test_a_resumed_run_is_the_run_that_was_not_broken_off(reader, tmp_path):
     trainer = trainer_of(again, tmp_path / "broken", rooms(0), **options)
     trainer.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-3"))
     assert fingerprint(whole) == fingerprint(broken) == fingerprint(again)
+
+
+@pytest.mark.parametrize("resumed_from", [20, 32])
+def test_texts_of_similar_length_share_a_step_in_an_order_of_each_epoch(reader, tmp_path, resumed_from):
+    """A long text beside short ones makes them as long; one order for all epochs, or another one after a fault, shows
+    some texts twice and others never."""
+    rows = [{**row, "context": row["context"] * (1 + number % 8)} for number, row in enumerate(rooms(0) + rooms(1))]
+    seen: list[list[str]] = []
+
+    class Watched(WireTrainer):
+        def parts(self, model, inputs, draw):
+            if model.training:
+                seen.append(inputs["contexts"])
+            return super().parts(model, inputs, draw)
+
+    def train(resume=None):
+        args = tiny_args(
+            WireConfig,
+            tmp_path,
+            max_steps=34,
+            per_device_train_batch_size=4,
+            save_strategy="steps",
+            save_steps=resumed_from,
+            train_sampling_strategy="group_by_length",
+        )
+        seen.clear()
+        Watched(wire_of(reader, pooling="queries"), args, train_dataset=rows).train(resume_from_checkpoint=resume)
+        return list(seen)
+
+    whole = train()
+    first, second = ([len(text) for step in part for text in step] for part in (whole[:16], whole[16:32]))
+    assert sorted(first) == sorted(second) == sorted(len(row["context"]) for row in rows), "each text once an epoch"
+    assert first != second
+    spans = [max(map(len, step)) - min(map(len, step)) for step in whole[1:16]]
+    assert statistics.mean(spans) < max(first) / 3, "a random step has both long and short ones"
+    assert train(str(tmp_path / f"checkpoint-{resumed_from}")) == whole[resumed_from:]
 
 
 def test_every_part_is_in_the_log_and_in_the_evaluation(reader, tmp_path):
@@ -154,3 +193,5 @@ def test_wrong_settings_are_told(reader, tmp_path):
         WireTrainer(wire(receivers=()), tiny_args(WireConfig, tmp_path))
     with pytest.raises(ValueError, match="min_latents must be at least 1"):
         tiny_args(WireConfig, tmp_path, min_latents=0)
+    with pytest.raises(ValueError, match="take group_by_length"):
+        tiny_args(WireConfig, tmp_path, train_sampling_strategy="batch_rebalance")
