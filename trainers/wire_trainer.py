@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import SequentialSampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from modeling_latentforge import LatentForgeWire
@@ -133,6 +134,12 @@ class WireTrainer(LatentTrainer):
             lengths,
             args.seed if args.data_seed is None else args.data_seed,
         )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        # transformers looks for lengths here, too
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def count_items(self, labels: torch.Tensor) -> torch.Tensor:
         return (labels != -100).sum()

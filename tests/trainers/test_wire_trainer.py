@@ -130,7 +130,9 @@ def test_texts_of_similar_length_share_a_step_in_an_order_of_each_epoch(reader, 
             train_sampling_strategy="group_by_length",
         )
         seen.clear()
-        Watched(wire_of(reader, pooling="queries"), args, train_dataset=rows).train(resume_from_checkpoint=resume)
+        trainer = Watched(wire_of(reader, pooling="queries"), args, train_dataset=rows, eval_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        assert trainer.evaluate()["eval_loss"] > 0
         return list(seen)
 
     whole = train()
