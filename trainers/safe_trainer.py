@@ -21,6 +21,7 @@ from .checkpoints import (
     is_write_error,
     last_checkpoint,
     put_in_place,
+    recover,
     rotate,
     seal,
     write_failed,
@@ -55,6 +56,7 @@ class SafeTrainer(Trainer):
         self._begins_anew = self._skips_by_itself = self._resumed = False
         self._second_pass: Iterator[Any] | None = None
         self._read: tuple[int, dict[int, Position]] = (0, {})  # since which step, up to where, by worker
+        self._stop: StopOnSignal | None = None
         self.guard = NonFiniteGuard(self)
         self.add_callback(self.guard)
 
@@ -72,7 +74,7 @@ class SafeTrainer(Trainer):
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint)
         self.guard.begin()
-        stop = StopOnSignal(self.accelerator)
+        stop = self._stop = StopOnSignal(self.accelerator)
         self.add_callback(stop)
         try:
             with stop:
@@ -202,6 +204,7 @@ class SafeTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         staged, final = root / SAVING / name, root / name
         if self.args.should_save:
+            recover(root)
             shutil.rmtree(staged, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._is_saving = True
@@ -223,7 +226,20 @@ class SafeTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
-            rotate(root, self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate(root, self.args.save_total_limit, self.state.best_model_checkpoint, final)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # save_strategy `best` saves by this alone, and would drop the checkpoint of a training that is stopped
+        return super()._determine_best_metric(metrics, trial) or (self._stop is not None and self._stop.stops)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # with one to be kept, transformers now removes all but the best, in place: also what a stopped training is to
+        # go on from, and killed in the middle it leaves half of one
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _name_best(self, root: Path, staged: Path) -> None:
         best = self.state.best_global_step
