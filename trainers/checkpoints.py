@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -96,6 +96,20 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
         else:
             return str(path)
     return None
+
+
+def check_agreement(found: Sequence[str | None]) -> None:
+    """See that all processes go on from the same checkpoint; `found` by each, None where it would begin anew.
+
+    Raises:
+        ValueError: they would train different steps, and wait for each other at the end for ever.
+    """
+    names = [None if path is None else Path(path).name for path in found]
+    if len(set(names)) > 1:
+        told = ", ".join(f"process {rank}: {name or 'none'}" for rank, name in enumerate(names))
+        raise ValueError(
+            f"The processes find different checkpoints ({told}): output_dir must be a folder that all machines share."
+        )
 
 
 def recover(output_dir: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -17,6 +18,7 @@ from transformers.trainer_utils import seed_worker
 from .checkpoints import (
     SAVING,
     STATE,
+    check_agreement,
     check_checkpoint,
     is_write_error,
     last_checkpoint,
@@ -45,7 +47,8 @@ class SafeTrainer(Trainer):
 
     Raises:
         TrainingStopped: from `train`, after SIGUSR1.
-        ValueError: from `train`, where there is no whole checkpoint to resume from, and where a step is not finite.
+        ValueError: from `train`, where there is no whole checkpoint to resume from or processes find different ones,
+            and where a step is not finite.
         OSError: from `train`, where a checkpoint cannot be written.
     """
 
@@ -63,16 +66,7 @@ class SafeTrainer(Trainer):
     # -- steps
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint is True:
-            folder = str(self.args.output_dir)
-            resume_from_checkpoint = last_checkpoint(folder)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"There is no whole checkpoint in {folder} to resume from: begin anew, without "
-                    "resume_from_checkpoint, or pass another output_dir."
-                )
-        elif resume_from_checkpoint:
-            check_checkpoint(resume_from_checkpoint)
+        resume_from_checkpoint = self._same_for_all(resume_from_checkpoint)
         self.guard.begin()
         stop = self._stop = StopOnSignal(self.accelerator)
         self.add_callback(stop)
@@ -85,6 +79,28 @@ class SafeTrainer(Trainer):
             checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             raise TrainingStopped(str(checkpoint), self.end)
         return output
+
+    def _same_for_all(self, asked: str | bool | None) -> str | None:
+        """The whole checkpoint to go on from, None to begin; every process looks for itself, and all must agree."""
+        folder, found, error = str(self.args.output_dir), None, None
+        try:
+            if asked is True:
+                found = last_checkpoint(folder)
+                if found is None:
+                    raise ValueError(
+                        f"There is no whole checkpoint in {folder} to resume from: begin anew, without "
+                        "resume_from_checkpoint, or pass another output_dir."
+                    )
+            elif asked:
+                check_checkpoint(asked)
+                found = str(asked)
+        except ValueError as caught:  # the others wait to be told
+            error = caught
+        told = gather_object([found]) if self.args.world_size > 1 else [found]
+        if error is not None:
+            raise error
+        check_agreement(told)
+        return found
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.guard.watch(inputs, super().training_step(model, inputs, *args, **kwargs))

@@ -270,6 +270,19 @@ def test_without_a_whole_checkpoint_resuming_is_an_error(tmp_path):
         codec_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
 
 
+def test_processes_that_find_different_checkpoints_are_told(tmp_path, monkeypatch):
+    """Where machines share no folder, some begin anew and some go on: they train apart, and hang at the end."""
+    codec_trainer(tmp_path, max_steps=2).train()
+    trainer = codec_trainer(tmp_path)
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    monkeypatch.setattr("trainers.safe_trainer.gather_object", lambda found: [*found, None])
+    with pytest.raises(ValueError, match="process 0: checkpoint-2, process 1: none.*all machines share"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.args.output_dir = str(tmp_path / "empty")
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_the_one_that_replaces_another_is_found_before_it_has_its_name(copy):
     """Dying between two renames must not leave none."""
     (copy / SAVING).mkdir()
