@@ -23,7 +23,7 @@ from .checkpoints import last_checkpoint
 from .model_card import KINDS, LICENSE, facts_of_trainer, fill_card, license_of, public_name
 from .preemption import TrainingStopped
 from .safe_trainer import SafeTrainer
-from .sharding import in_its_own_class, in_one_group, shard_on_cpu
+from .sharding import in_its_own_class, in_one_group, keep_precision, shard_on_cpu
 
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,9 @@ class LatentTrainer(SafeTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         shard_on_cpu(self.accelerator, self.args.fsdp_plugin_args)
-        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        keep_precision(plugin)
+        self.is_fsdp_enabled = plugin is not None
 
     # -- what subclasses say
 

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -98,15 +98,41 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
-def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`; the newest and the best stay.
+def check_agreement(found: Sequence[str | None]) -> None:
+    """See that all processes go on from the same checkpoint; `found` by each, None where it would begin anew.
 
-    One that is half removed has not its name any more; one that cannot be moved stays whole.
+    Raises:
+        ValueError: they would train different steps, and wait for each other at the end for ever.
+    """
+    names = [None if path is None else Path(path).name for path in found]
+    if len(set(names)) > 1:
+        told = ", ".join(f"process {rank}: {name or 'none'}" for rank, name in enumerate(names))
+        raise ValueError(
+            f"The processes find different checkpoints ({told}): output_dir must be a folder that all machines share."
+        )
+
+
+def recover(output_dir: Path) -> None:
+    """Give what was sealed by a run that died before its rename its name; only there is it safe from later saves."""
+    for _, path in list(_numbered(output_dir / SAVING)):
+        final = output_dir / path.name
+        if (path / SUMS).exists() and not final.exists():
+            with suppress(ValueError):
+                check_checkpoint(path)
+                path.rename(final)
+
+
+def rotate(output_dir: Path, limit: int | None, best: str | None, newest: Path) -> None:
+    """Remove checkpoints beyond `limit`; `newest`, just written, and the best stay.
+
+    Those of later steps go first: another course of training left them, which was given up, or they are damaged. Then
+    the oldest. One that is half removed has not its name any more; one that cannot be moved stays whole.
     """
     if not limit or limit < 1:
         return
-    steps = [path for _, path in sorted(_numbered(output_dir))]
-    kept = {steps[-1], *([Path(best)] if best is not None else [])} if steps else set()
+    now = int(newest.name.rsplit("-", 1)[1])
+    steps = [path for _, path in sorted(_numbered(output_dir), key=lambda item: (item[0] <= now, item[0]))]
+    kept = {newest, *([Path(best)] if best is not None else [])} & set(steps)
     surplus = len(steps) - max(limit, len(kept))
     saving = output_dir / SAVING
     for path in [path for path in steps if path not in kept][: max(surplus, 0)]:

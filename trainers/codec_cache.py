@@ -9,9 +9,10 @@ that dies leaves no half file under a row's name. What is damaged is computed ag
 
 import hashlib
 import logging
-import os
+import secrets
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -92,14 +93,16 @@ class CodecCache:
                 return
             path = self._path(key)
             body = save({"mean": self._smallest(row[0])} | self._log_std(row[1]))
-            part = path.with_name(f"{path.name}.{os.getpid()}.part")
+            # a process's number is another's on another machine, or in another container
+            part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
             try:
                 path.parent.mkdir(exist_ok=True)
                 part.write_bytes(zlib.crc32(body).to_bytes(4, "little") + body)
                 part.replace(path)
             except OSError as error:
                 self._writes = False
-                part.unlink(missing_ok=True)
+                with suppress(OSError):  # as where the folder is somebody else's
+                    part.unlink(missing_ok=True)
                 logger.warning(
                     "codec_cache: %s. Rows that are not in %s yet are encoded at every step.", error, self.folder
                 )

@@ -31,6 +31,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
@@ -473,7 +474,9 @@ def _resolve(data: str, split: str, args: DataArguments) -> _Source:
         return _HubSplit(data, args.dataset_config, split, args.text_field, args.cache_dir, args.streaming)
     parquet = [path] if path.suffix == ".parquet" else sorted(path.glob("*.parquet"))
     if parquet:
-        names = tuple(str(file) for file in parquet)
+        names = tuple(str(file) for file in parquet if _has_rows(file))
+        if not names:
+            raise ValueError(f"empty corpus: no Parquet file of {data} has a row")
         return _HubSplit("parquet", None, "train", args.text_field, args.cache_dir, args.streaming, names)
     if path.is_file():
         if path.suffix.lower() in RECORD_SUFFIXES:
@@ -486,6 +489,14 @@ def _resolve(data: str, split: str, args: DataArguments) -> _Source:
     if not files:
         raise ValueError(f"empty corpus: no {', '.join(FOLDER_SUFFIXES)} file in the folder {data}")
     return _Files(files, args.text_field)
+
+
+def _has_rows(file: Path) -> bool:
+    """Of a Parquet file; jobs that write many leave some empty, and `datasets` fails at them (5.2)."""
+    try:
+        return pq.read_metadata(file).num_rows > 0
+    except (OSError, pa.ArrowException):
+        return True  # what is wrong with it is said where it is read
 
 
 def _walk(root: Path, skip_folder: Callable[[str], bool], suffixes: Sequence[str]) -> tuple[tuple[str, str], ...]:

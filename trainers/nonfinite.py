@@ -97,7 +97,8 @@ class NonFiniteGuard(TrainerCallback):
         args = self.trainer.args
         folder = Path(str(args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"nonfinite-step-{state.global_step + 1}-process-{args.process_index}.safetensors"
+        # the text may be nobody else's: what begins with `_` is never pushed
+        path = folder / f"_nonfinite-step-{state.global_step + 1}-process-{args.process_index}.safetensors"
         tensors, words = {}, {}
         for number, batch in enumerate(self._batches):
             for name, value in batch.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -17,10 +18,12 @@ from transformers.trainer_utils import seed_worker
 from .checkpoints import (
     SAVING,
     STATE,
+    check_agreement,
     check_checkpoint,
     is_write_error,
     last_checkpoint,
     put_in_place,
+    recover,
     rotate,
     seal,
     write_failed,
@@ -44,7 +47,8 @@ class SafeTrainer(Trainer):
 
     Raises:
         TrainingStopped: from `train`, after SIGUSR1.
-        ValueError: from `train`, where there is no whole checkpoint to resume from, and where a step is not finite.
+        ValueError: from `train`, where there is no whole checkpoint to resume from or processes find different ones,
+            and where a step is not finite.
         OSError: from `train`, where a checkpoint cannot be written.
     """
 
@@ -55,24 +59,16 @@ class SafeTrainer(Trainer):
         self._begins_anew = self._skips_by_itself = self._resumed = False
         self._second_pass: Iterator[Any] | None = None
         self._read: tuple[int, dict[int, Position]] = (0, {})  # since which step, up to where, by worker
+        self._stop: StopOnSignal | None = None
         self.guard = NonFiniteGuard(self)
         self.add_callback(self.guard)
 
     # -- steps
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint is True:
-            folder = str(self.args.output_dir)
-            resume_from_checkpoint = last_checkpoint(folder)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"There is no whole checkpoint in {folder} to resume from: begin anew, without "
-                    "resume_from_checkpoint, or pass another output_dir."
-                )
-        elif resume_from_checkpoint:
-            check_checkpoint(resume_from_checkpoint)
+        resume_from_checkpoint = self._same_for_all(resume_from_checkpoint)
         self.guard.begin()
-        stop = StopOnSignal(self.accelerator)
+        stop = self._stop = StopOnSignal(self.accelerator)
         self.add_callback(stop)
         try:
             with stop:
@@ -83,6 +79,28 @@ class SafeTrainer(Trainer):
             checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             raise TrainingStopped(str(checkpoint), self.end)
         return output
+
+    def _same_for_all(self, asked: str | bool | None) -> str | None:
+        """The whole checkpoint to go on from, None to begin; every process looks for itself, and all must agree."""
+        folder, found, error = str(self.args.output_dir), None, None
+        try:
+            if asked is True:
+                found = last_checkpoint(folder)
+                if found is None:
+                    raise ValueError(
+                        f"There is no whole checkpoint in {folder} to resume from: begin anew, without "
+                        "resume_from_checkpoint, or pass another output_dir."
+                    )
+            elif asked:
+                check_checkpoint(asked)
+                found = str(asked)
+        except ValueError as caught:  # the others wait to be told
+            error = caught
+        told = gather_object([found]) if self.args.world_size > 1 else [found]
+        if error is not None:
+            raise error
+        check_agreement(told)
+        return found
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.guard.watch(inputs, super().training_step(model, inputs, *args, **kwargs))
@@ -202,6 +220,7 @@ class SafeTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         staged, final = root / SAVING / name, root / name
         if self.args.should_save:
+            recover(root)
             shutil.rmtree(staged, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._is_saving = True
@@ -223,7 +242,20 @@ class SafeTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
-            rotate(root, self.args.save_total_limit, self.state.best_model_checkpoint)
+            rotate(root, self.args.save_total_limit, self.state.best_model_checkpoint, final)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # save_strategy `best` saves by this alone, and would drop the checkpoint of a training that is stopped
+        return super()._determine_best_metric(metrics, trial) or (self._stop is not None and self._stop.stops)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # with one to be kept, transformers now removes all but the best, in place: also what a stopped training is to
+        # go on from, and killed in the middle it leaves half of one
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _name_best(self, root: Path, staged: Path) -> None:
         best = self.state.best_global_step

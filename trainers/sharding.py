@@ -3,12 +3,13 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 
 def shard_on_cpu(accelerator: Any, plugin_kwargs: dict[str, Any] | None) -> None:
@@ -31,6 +32,18 @@ def shard_on_cpu(accelerator: Any, plugin_kwargs: dict[str, Any] | None) -> None
         plugin.set_mixed_precision(state.mixed_precision)
     state.fsdp_plugin = plugin
     state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def keep_precision(plugin: FullyShardedDataParallelPlugin | None) -> None:
+    """Let FSDP2 compute in bf16 or fp16 without rounding what goes into the model and comes out of it.
+
+    accelerate's policy casts the output: the loss of the log, the sums of an evaluation (which fp16 cannot even hold)
+    and what the codec cache keeps; torch's default casts the inputs: what the cache had kept. Inside, autocast chooses
+    as it does without shares.
+    """
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if plugin is not None and isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
 
 
 @contextmanager

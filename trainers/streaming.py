@@ -48,7 +48,8 @@ class PackedStream(torch.utils.data.IterableDataset):
     Args:
         documents: rows with `text`, `index` (of the document in the corpus; None: counted here) and `kept` (False: it
             is held out; None: it is no document); anything that `datasets` streams and can go on in. Files of a Hub
-            dataset are dealt out whole where there are enough for all processes and workers.
+            dataset are dealt out whole where their number is a multiple of that of the processes; else each process
+            reads all, and takes its documents. A worker has whole files, or nothing where there are too few.
         packing: how tokens become rows.
         cut: a text in pieces, (piece, whether it is the last).
         tokenise: pieces -> ids of each.
@@ -127,12 +128,13 @@ class PackedStream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = torch.utils.data.get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        share, shares = self.rank * num_workers + worker, self.world_size * num_workers
+        readers = min(num_workers, self.documents.num_shards)  # where files are too few, the other workers have none
+        share, shares = self.rank * readers + worker, self.world_size * readers
         place = self.positions.get(worker)
         given = place["rows"] if place else 0
         wanted = None
         if self.max_rows is not None:
-            wanted = self.max_rows // shares + (share < self.max_rows % shares)
+            wanted = self.max_rows // shares + (share < self.max_rows % shares) if worker < readers else 0
         for window in self._windows(place, share, shares):
             start, columns = window
             order = np.arange(len(columns["input_ids"]))

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -128,6 +130,28 @@ def test_a_disk_without_room_ends_the_cache_and_not_the_training(tmp_path, encod
     assert len(log) == 8 and encoded == [4] * 8
     assert len([x for x in caplog.messages if "No space left" in x]) == 1
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_row_that_cannot_be_written_ends_the_cache_and_not_the_training(tmp_path, caplog):
+    """Where another user's folder refuses the row, it refuses to have it cleared away too."""
+    cache = CodecCache(tmp_path, "codec")
+    ids = torch.arange(8).view(1, 8)
+    keys = cache.keys(ids, None)
+    (cache.folder / keys[0][:2]).write_text("in the way")
+    cache.put(keys, torch.randn(1, 2, 5), torch.randn(1, 2, 5))
+    assert cache.get(keys) is None and len([x for x in caplog.messages if "encoded at every step" in x]) == 1
+
+
+def test_writers_with_one_process_number_do_not_meet(tmp_path, monkeypatch):
+    """In two containers both may be process 12: one renamed the file that the other was writing, and the cache of the
+    other ended."""
+    cache = CodecCache(tmp_path, "codec")
+    keys, parts = cache.keys(torch.arange(8).view(1, 8), None), []
+    plain = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda self, data: (parts.append(self.name), plain(self, data))[1])
+    for _ in range(2):
+        cache.put(keys, torch.ones(1, 2, 5), torch.ones(1, 2, 5))
+    assert len(set(parts)) == 2
 
 
 def test_a_cache_that_nothing_reads_or_nobody_can_write_is_refused(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 
@@ -18,7 +19,7 @@ from tests.trainers.training_helpers import TEXT, byte_tokenizer, tiny_teacher
 from trainers.checkpoints import check_checkpoint, last_checkpoint
 from trainers.evaluation.distributed_rows import LAYOUTS, TOLERANCE, compare
 from trainers.evaluation.distributed_rows import launch as rows_launch
-from trainers.sharding import in_its_own_class
+from trainers.sharding import in_its_own_class, keep_precision
 
 
 ROOT = Path(__file__).parents[2]
@@ -226,6 +227,51 @@ def test_a_sharded_student_is_saved_with_its_own_code(tmp_path):
     assert "modeling_latentforge.py" in {path.name for path in tmp_path.glob("*.py")}
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_latentforge.LatentForgeForCausalLM"
+
+
+def test_shares_in_half_precision_round_neither_losses_nor_what_the_codec_said():
+    """A loss of three digits in the log, sums of an evaluation that fp16 cannot hold, targets of a cache that are
+    others than the codec's."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy="bf16")
+    keep_precision(plugin)
+    policy = plugin.mixed_precision_policy
+    assert policy.param_dtype == torch.bfloat16
+    assert policy.output_dtype is None and not policy.cast_forward_inputs
+    whole = FullyShardedDataParallelPlugin(fsdp_version=2)
+    keep_precision(whole)
+    keep_precision(None)
+    assert whole.mixed_precision_policy is None
+
+
+# two processes that share a student in bf16: without a cache of the codec, with one that is filled, with a full one
+CACHED = """
+import sys
+from pathlib import Path
+from trainers.evaluation import distributed_runs as runs
+
+root, trainer_of = Path(sys.argv[1]), runs.trainer_of
+runs.STEPS = 2
+
+def work(rank):
+    logs = []
+    for number, cache in enumerate((None, "kept", "kept")):
+        cache = cache and str(root / cache)
+        runs.trainer_of = lambda *given: trainer_of(*given, bf16=True, codec_cache=cache)
+        logs.append(runs.run_case("student-fsdp2", root / str(number), 1)["log"])
+    assert logs[0] == logs[1] == logs[2], logs
+
+sys.exit(max(runs.in_processes(2, work)))
+"""
+
+
+@pytest.mark.slow
+def test_a_cache_of_the_codec_gives_shares_in_half_precision_the_same_losses(tmp_path):
+    """Rounded on its way out of the model, a row is another for every later run, and for those without shares."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", CACHED, str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len([path for path in (tmp_path / "kept").glob("*/*/*")]) == 4
 
 
 # what two processes that hold half of a backbone each make of it

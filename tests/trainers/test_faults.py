@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from tests.conftest import tiny_autoencoder, tiny_student
 from tests.trainers.training_helpers import byte_tokenizer, ragged_rows, tiny_args, tiny_teacher, train_log
 from trainers import AEConfig, AETrainer, KDConfig, KDTrainer, PatchCollator
-from trainers.checkpoints import SAVING, SUMS, check_checkpoint, last_checkpoint, rotate
+from trainers.checkpoints import SAVING, SUMS, check_checkpoint, last_checkpoint, recover, rotate
 from trainers.token_lm import TokenLMConfig, TokenLMTrainer
 
 
@@ -71,7 +71,8 @@ def test_a_step_that_is_no_number_stops_training_and_keeps_its_batch(tmp_path, w
     trainer = codec_trainer(tmp_path, [Spoil(4, what=what)], **options)
     with pytest.raises(ValueError, match="Step 4 is not finite") as error:
         trainer.train()
-    kept = tmp_path / "nonfinite-step-4-process-0.safetensors"
+    # `push_to_hub` leaves out what begins with `_`: a batch of somebody's text is for nobody else
+    kept = tmp_path / "_nonfinite-step-4-process-0.safetensors"
     assert str(kept) in str(error.value) and "--nonfinite_loss skip" in str(error.value)
     with safe_open(kept, "pt") as file:
         assert {"0.input_ids", "0.labels", "1.input_ids", "1.attention_mask"} <= set(file.keys())
@@ -269,6 +270,19 @@ def test_without_a_whole_checkpoint_resuming_is_an_error(tmp_path):
         codec_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
 
 
+def test_processes_that_find_different_checkpoints_are_told(tmp_path, monkeypatch):
+    """Where machines share no folder, some begin anew and some go on: they train apart, and hang at the end."""
+    codec_trainer(tmp_path, max_steps=2).train()
+    trainer = codec_trainer(tmp_path)
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    monkeypatch.setattr("trainers.safe_trainer.gather_object", lambda found: [*found, None])
+    with pytest.raises(ValueError, match="process 0: checkpoint-2, process 1: none.*all machines share"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.args.output_dir = str(tmp_path / "empty")
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_the_one_that_replaces_another_is_found_before_it_has_its_name(copy):
     """Dying between two renames must not leave none."""
     (copy / SAVING).mkdir()
@@ -276,6 +290,38 @@ def test_the_one_that_replaces_another_is_found_before_it_has_its_name(copy):
     assert last_checkpoint(copy) == str(copy / SAVING / "checkpoint-6")
     (copy / SAVING / "checkpoint-6" / SUMS).unlink()  # it was not finished
     assert last_checkpoint(copy) == str(copy / "checkpoint-4")
+
+
+def test_one_that_was_sealed_gets_its_name_before_another_is_written(copy):
+    """Among what is being written, transformers' own rotation removes it before the next one is whole."""
+    for step in (4, 6):
+        (copy / SAVING).mkdir(exist_ok=True)
+        (copy / f"checkpoint-{step}").rename(copy / SAVING / f"checkpoint-{step}")
+    (copy / SAVING / "checkpoint-4" / "config.json").write_text("half")
+    recover(copy)
+    assert sorted(path.name for path in copy.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
+    check_checkpoint(copy / "checkpoint-6")
+
+
+@pytest.mark.parametrize(
+    ("limit", "best", "left"),
+    [(1, None, [4]), (2, None, [2, 4]), (3, None, [2, 4, 8]), (1, 8, [4, 8]), (2, 2, [2, 4])],
+)
+def test_what_was_just_written_stays(tmp_path, limit, best, left):
+    """A training that went back to an earlier step lost each checkpoint as it was written: a later one was newest."""
+    for step in (2, 4, 6, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    rotate(tmp_path, limit, best and str(tmp_path / f"checkpoint-{best}"), tmp_path / "checkpoint-4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{step}" for step in left]
+
+
+def test_a_training_beside_a_damaged_checkpoint_keeps_its_own(tmp_path):
+    """`auto` begins anew where the only checkpoint is damaged; all that is written then is of earlier steps."""
+    codec_trainer(tmp_path, save_total_limit=1).train()
+    (tmp_path / "checkpoint-6" / "model.safetensors").write_bytes(b"half")
+    assert last_checkpoint(tmp_path) is None
+    codec_trainer(tmp_path, save_total_limit=1, max_steps=4).train()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
 def test_older_checkpoints_go_only_when_the_new_one_is_there(tmp_path, monkeypatch):
@@ -317,7 +363,7 @@ def test_one_that_is_half_removed_has_not_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "rmtree", die)
     with pytest.raises(KeyboardInterrupt):
-        rotate(tmp_path, 2, None)
+        rotate(tmp_path, 2, None, tmp_path / "checkpoint-6")
     assert sorted(path.name for path in tmp_path.iterdir()) == [SAVING, "checkpoint-4", "checkpoint-6"]
 
 

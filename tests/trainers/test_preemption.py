@@ -27,7 +27,7 @@ class SignalAt(TrainerCallback):
 def trainer_of(folder, *callbacks, **kwargs):
     torch.manual_seed(0)
     args = tiny_args(AEConfig, folder, max_steps=6, per_device_train_batch_size=2, **kwargs)
-    data = {"train_dataset": ragged_rows(12), "data_collator": PatchCollator(4)}
+    data = {"train_dataset": ragged_rows(12), "eval_dataset": ragged_rows(4), "data_collator": PatchCollator(4)}
     return AETrainer(tiny_autoencoder(), args, callbacks=list(callbacks), **data)
 
 
@@ -47,6 +47,26 @@ def test_a_training_that_is_stopped_and_gone_on_with_is_the_same(tmp_path):
     whole.train()
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+class FirstIsBest(AETrainer):
+    def evaluate(self, *args, **kwargs):
+        return {**super().evaluate(*args, **kwargs), "eval_loss": float(self.state.global_step)}
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}, {"save_strategy": "best"}]
+)
+def test_what_a_stopped_training_goes_on_from_is_there_beside_the_best(tmp_path, kwargs):
+    """With one to be kept transformers removed it at the end, with `best` it was never saved: steps were lost, or all
+    of them learned again, though the message named it."""
+    evaluates = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_loss"}
+    trainer = trainer_of(tmp_path, SignalAt(3), **evaluates, load_best_model_at_end=True, **kwargs)
+    trainer.__class__ = FirstIsBest
+    with pytest.raises(TrainingStopped, match="checkpoint-4"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert trainer.args.save_total_limit == kwargs.get("save_total_limit")
 
 
 def test_a_token_lm_too_goes_on_in_its_stream(tmp_path):

@@ -6,6 +6,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from torch.utils.data import DataLoader
 
 from tests.trainers.training_helpers import byte_tokenizer
 from trainers.data import DataArguments, PatchCollator, load_blocks
@@ -64,6 +65,28 @@ def test_a_cap_is_that_of_all_shares_together(load):
     """A cap that each process takes for itself trains on so many times the tokens."""
     stream, _ = load(streaming=True, streaming_shards=2, max_train_tokens=7 * BLOCK)
     assert [len(list(stream.for_process(rank, 2))) for rank in range(2)] == [4, 3]
+
+
+def test_a_cap_is_not_shared_with_workers_that_have_nothing_to_read(load):
+    """Of one file two workers read half the rows that were asked for, in every pass again."""
+    stream, _ = load(streaming=True, max_train_tokens=7 * BLOCK)
+    shards = stream.documents.num_shards  # 1 of lines of JSON, 2 files of Parquet
+    rows = DataLoader(stream, batch_size=1, collate_fn=PatchCollator(4), num_workers=shards + 1)
+    assert len(list(rows)) == 7
+
+
+def test_a_parquet_file_without_rows_is_passed_over(tmp_path):
+    """Jobs that write many files leave empty ones, and a training meets them after days."""
+    for file, texts in enumerate((["some text " * 9] * 30, [], ["other text " * 9] * 30)):
+        pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), tmp_path / f"{file}.parquet")
+    (tmp_path / "held_out.txt").write_text("held out")
+    arguments = DataArguments(str(tmp_path), str(tmp_path / "held_out.txt"), streaming=True, block_size=BLOCK)
+    stream, _ = load_blocks(arguments, byte_tokenizer(), 4, seed=0)
+    assert stream.documents.num_shards == 2 and len(list(stream)) > 200
+    for file in (0, 2):
+        (tmp_path / f"{file}.parquet").unlink()
+    with pytest.raises(ValueError, match="no Parquet file of .* has a row"):
+        load_blocks(arguments, byte_tokenizer(), 4, seed=0)
 
 
 def test_another_number_of_processes_or_workers_is_refused(load, tmp_path):
