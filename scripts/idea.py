@@ -60,6 +60,10 @@ class IdeaArguments:
     steps: int | None = field(
         default=None, metadata={"help": "Of thinking. Default: of a new model 1, else the checkpoint's."}
     )
+    lora_r: int = field(
+        default=0,
+        metadata={"help": "Train the receiver too, by LoRA of this rank on all its layers. Default: frozen."},
+    )
     input: str | None = field(default=None, metadata={"help": "generate: the text."})
     max_length: int = field(default=128, metadata={"help": "Tokens of what is said, at most."})
     temperature: float = field(default=0.0, metadata={"help": "0: greedy."})
@@ -71,6 +75,8 @@ class IdeaArguments:
             raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}: 1 keeps every token")
+        if self.lora_r < 0:
+            raise ValueError(f"lora_r must not be negative, got {self.lora_r}")
         if self.max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {self.max_length}")
         if (self.input is None) == (self.mode == "generate"):
@@ -162,6 +168,7 @@ def build(args: IdeaArguments) -> Any:
     from trainers.command_line import model_path
     from trainers.model_card import hub_id
     from trainers.wire_build import build_wire, pretrained_backbone, sees_ahead
+    from trainers.wire_lora import add_adapter, has_adapter
     from trainers.wire_models import attach_receiver, load_encoder, load_receiver, parse_receivers
 
     if args.checkpoint is not None:
@@ -182,6 +189,8 @@ def build(args: IdeaArguments) -> Any:
             print(f"{path}: a {backbone.config.model_type} keeps its causal mask: ideas see less of a text's end.")
         ((name, place),) = parse_receivers([place]).items()
         idea.add_receiver(name, load_receiver(place, dtype=args.receiver_dtype))
+    if args.lora_r and not has_adapter(idea.receivers[name]):
+        add_adapter(idea.receivers[name], args.lora_r)
     return idea
 
 

@@ -19,6 +19,7 @@ from trainers import arithmetic, parse_arguments
 from trainers.idea_config import IdeaConfig
 from trainers.wire_data import IdeaDataArguments
 from trainers.wire_flags import IdeaAliases, apply_aliases
+from trainers.wire_lora import adapter_parameters
 from trainers.wire_models import load_wire
 
 
@@ -142,6 +143,20 @@ def test_training_goes_on_from_a_checkpoint(trained, room, tmp_path):  # noqa: F
     assert all(torch.equal(value, after.state_dict()[name]) for name, value in before.state_dict().items())
 
 
+def test_lora_lies_beside_the_model_and_comes_back_with_it(room, tmp_path):  # noqa: F811
+    """A receiver without what it learned reads ideas as noise; one whose weights were changed serves nobody else."""
+    before = file_hash(room / "llama")
+    more = "--mode train --dataset reasoning --data builtin:arithmetic --max-train-samples 8 --batch-size 4"
+    idea.main(flags(room, tmp_path, f"{more} --learning_rate 1e-2 --lora_r 2 --sample_outputs 0"))
+    assert file_hash(room / "llama") == before
+    model = load_wire(str(tmp_path), {"llama": str(room / "llama")}, device="cpu")
+    adapter = adapter_parameters(model.receivers["llama"])
+    assert adapter and all(bool(value.abs().sum()) for name, value in adapter.items() if "lora_B" in name)
+    asked = f"--mode generate --checkpoint {tmp_path} --receiver {room}/llama --device cpu --max-length 8".split()
+    said = idea.main([*asked, "--input", STORY[0]])["text"]
+    assert said == model.generate(STORY[0], max_new_tokens=8)
+
+
 def test_the_seeds_recipe_and_flags_are_taken(tmp_path):
     """The whole of it, though neither of its models can be had here."""
     recipe = ROOT / "scripts" / "configs" / "idea" / "seed.yaml"
@@ -189,6 +204,7 @@ def test_wrong_flags_are_told(trained, room, tmp_path, capsys):  # noqa: F811
         (f"--mode inference --checkpoint {output}", "add --receiver"),
         (f"--mode inference --checkpoint {room}/llama", "holds no idea model"),
         ("--top_p 0", "must lie in"),
+        ("--lora_r -1", "lora_r must not be negative"),
         ("--min_latents 2", "thinks with all of its"),
         ("--epochs 2 --num_train_epochs 4", "epochs is num_train_epochs 2.0, and is given with"),
         ("--dataset samsun", "there is no 'samsun'"),
