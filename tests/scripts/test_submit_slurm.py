@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -124,6 +125,25 @@ def test_words_reach_the_command_unharmed(processes: tuple[str, str], capsys: py
     else:
         place = (flags["--machine_rank"], flags["--main_process_ip"], flags["--main_process_port"])
         assert place == ("1", "node1", "20123")
+
+
+def test_the_ready_job_is_the_submitters_and_passes_its_words_on(capsys: pytest.CaptureFixture, tmp_path: Path):
+    """A second copy of the requeueing falls behind; flags behind the file that are dropped train the defaults."""
+    ready = (ROOT / "scripts" / "slurm" / "train_student.sbatch").read_text(encoding="utf-8")
+    options = "--gpus 4 --time 1-00:00:00 --requeue 300 --".split()
+    job = dry(capsys, *options, *"python scripts/train_student.py --resume_from_checkpoint auto".split())
+    assert ready == job.replace("auto &", 'auto "$@" &')
+    checked(ready, tmp_path)
+    out = tmp_path / "words"
+    tool(tmp_path / "bin", "python", f'exec {sys.executable} -c \'{PRINT}\' "{out}" "$@"')
+    (tmp_path / "ready.sh").write_text(f"set -- {shlex.join(AWKWARD)}\n{ready}")
+    words = words_of((tmp_path / "ready.sh").read_text(), tmp_path, out)
+    assert words[words.index("scripts/train_student.py") :] == [
+        "scripts/train_student.py",
+        "--resume_from_checkpoint",
+        "auto",
+        *AWKWARD,
+    ]
 
 
 def test_accelerate_knows_the_flags_that_a_job_gives_it(capsys: pytest.CaptureFixture):
