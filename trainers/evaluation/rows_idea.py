@@ -214,26 +214,43 @@ def lead_3(dialogue: str) -> str:
 
 
 def summaries(context: Context, max_new_tokens: int = 64) -> Measured:
-    """Against the same model trained without a dialogue, against another dialogue's vectors, and the first turns."""
+    """Against the same model trained without a dialogue, against another dialogue's vectors, and the first turns. The
+    receiver learns to read by LoRA: frozen, it does not look at vectors that stand for a dialogue."""
     train = load_task("dialogsum", "train", str(dialogsum()))
     texts = [{"text": f"{example.context}\n{example.answers[0]}"} for example in train]
     receiver = receiver_folder(
         context, "dialogues", str(write_jsonl(context.shared_dir / "dialogues.jsonl", texts)), 500, vocab_size=2048
     )
-    common = {"num_ideas": 8, "steps": 1, "max_steps": 500, "train_backbone": "false"}
-    idea = idea_of(context, "summaries", receiver, dataset="dialogsum", data=dialogsum(), **common)
-    nothing = context.shared_dir / "no_input"
-    for split in ("train", "validation"):
-        examples = load_task("dialogsum", split, str(dialogsum()))
-        rows = [{"context": ".", "answer": x.answers[0], "document": x.document, "id": x.id} for x in examples]
-        write_jsonl(nothing / f"{split}.jsonl", rows)
-    empty = idea_of(context, "summaries_without_input", receiver, dataset="custom", data=nothing, **common)
+    models = {}
+    for name, is_read in (("summaries", True), ("summaries_without_input", False)):
+        data = context.shared_dir / ("read" if is_read else "no_input")
+        for split in ("train", "validation"):
+            examples = load_task("dialogsum", split, str(dialogsum()))
+            write_jsonl(data / f"{split}.jsonl", (summary_row(example, is_read) for example in examples))
+        models[name] = idea_of(
+            context,
+            name,
+            receiver,
+            dataset="custom",
+            data=data,
+            num_ideas=8,
+            steps=1,
+            lora_r=64,
+            max_steps=3000,
+            train_sampling_strategy="group_by_length",
+            max_eval_examples=256,
+            eval_strategy="steps",
+            eval_steps=250,
+            save_steps=250,
+            load_best_model_at_end="true",
+        )
+    idea, empty = models["summaries"], models["summaries_without_input"]
     test = load_task("dialogsum", "test", str(dialogsum()))
     dialogues = [example.context for example in test]
     written = {
-        "idea": said(idea, dialogues, max_new_tokens),
-        "no input": said(empty, ["."], max_new_tokens) * len(test),
-        "shuffled": said(idea, other_contexts(test, 0), max_new_tokens),
+        "idea": said(idea, dialogues, max_new_tokens, "\n"),
+        "no input": said(empty, ["."], max_new_tokens, "\n") * len(test),
+        "shuffled": said(idea, other_contexts(test, 0), max_new_tokens, "\n"),
         "LEAD-3": [lead_3(dialogue) for dialogue in dialogues],
     }
     scores = {name: [best_rouge(*pair) for pair in zip(found, test, strict=True)] for name, found in written.items()}
@@ -242,6 +259,13 @@ def summaries(context: Context, max_new_tokens: int = 64) -> Measured:
     figure += "; " + ", ".join(f"p against {name} {found['p']:.4f}" for name, found in against.items())
     passed = all(against[name]["difference"] > 0 and against[name]["p"] < 0.01 for name in ("no input", "shuffled"))
     return Measured(figure, passed, {"against": against, "examples": len(test), "texts": written["idea"][:8]})
+
+
+def summary_row(example: Example, is_read: bool) -> dict[str, Any]:
+    """Of a file of one's own; a dialogue that is not read is a full stop."""
+    context = example.context if is_read else "."
+    common = {"prompt": "\n", "answer": example.answers[0]}
+    return {"context": context, **common, "document": example.document, "id": example.id}
 
 
 def best_rouge(text: str, example: Example) -> float:
@@ -368,8 +392,8 @@ ROWS = [
         "ROUGE-L above no input and shuffled, p < .01 each; LEAD-3 reported",
         summaries,
         long=True,
-        setup="receiver 4 x 256 (Llama, V=2048), trained here on the training dialogues; encoder: its first two "
-        "layers, frozen; DialogSum, 500 steps of 16, best of the references",
+        setup="receiver 4 x 256 (Llama, V=2048), trained here on the training dialogues, LoRA of rank 64; encoder: "
+        "its first two layers, trained on; DialogSum, 3,000 steps of 16, best held-out loss; best of the references",
     ),
     Row(
         "thinking",

@@ -31,7 +31,8 @@ def test_what_a_long_row_trains_is_what_the_script_takes(row, tmp_path, monkeypa
         words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
         parsed = parse_arguments(IdeaArguments, IdeaDataArguments, IdeaAliases, IdeaConfig, argv=words)
         assert name == "idea.py" and parsed[0].steps == flags["steps"]
-        assert parsed[3].train_backbone == (row.name != "summaries")  # whose encoder is a language model already
+        assert parsed[3].train_backbone
+        assert bool(parsed[0].lora_r) == (row.name == "summaries")  # whose receiver learns to read
         raise Trained
 
     monkeypatch.setenv("LATENTFORGE_DATA", str(tmp_path))
