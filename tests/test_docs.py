@@ -76,6 +76,17 @@ def test_python_stands_in_the_tutorial_only():
     assert {page for page, _ in blocks("python")} == {"tutorial.md"}
 
 
+def test_code_of_experiments_runs():
+    """A measurement that nobody can repeat is an opinion."""
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^```(.*)$", page, re.MULTILINE)[::2]) <= {"python"}
+    found = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert found
+    for block in found:
+        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and done.stdout, done.stderr
+
+
 def test_the_docs_job_is_written(capsys: pytest.CaptureFixture):
     """A flag that was renamed."""
     (command,) = [line for page in PAGES for line in commands(page.read_text()) if "submit_slurm" in line]
