@@ -23,7 +23,7 @@ from .checkpoints import last_checkpoint
 from .model_card import KINDS, LICENSE, facts_of_trainer, fill_card, license_of, public_name
 from .preemption import TrainingStopped
 from .safe_trainer import SafeTrainer
-from .sharding import in_its_own_class, in_one_group, keep_precision, shard_on_cpu
+from .sharding import build_whole, in_its_own_class, in_one_group, keep_precision, shard_on_cpu, share_again
 
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,7 @@ class LatentTrainingConfig(TrainingArguments):
         if args.bf16 and not torch.accelerator.is_available():
             args.use_cpu = True
         super().__post_init__()
+        build_whole()
         if not chosen and not args.report_to and args.should_log:
             _say_that_no_tracker_is_there()
 
@@ -167,6 +168,7 @@ class LatentTrainer(SafeTrainer):
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         keep_precision(plugin)
         self.is_fsdp_enabled = plugin is not None
+        share_again(self.accelerator)
 
     # -- what subclasses say
 

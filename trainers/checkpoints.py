@@ -6,19 +6,26 @@
 One that is to go is moved to the first place before it is removed. A run that dies while it saves or removes leaves
 what no tool takes for a checkpoint. Whoever resumes compares every file with its sum, so that one that was cut or
 changed later is not taken either. `sha256sum -c SHA256SUMS` does the same by hand.
+
+Sums are no signature. A checkpoint in shares, which torch's `distributed.checkpoint` reads with pickle, is read under
+[`numbers_only`].
 """
 
 import errno
 import hashlib
 import logging
 import os
+import pickletools
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_callback import TrainerState
 
 
@@ -30,6 +37,25 @@ STATE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LINE = re.compile(rb"([0-9a-f]{64})  ([^\n]+)\n")
 _LAST = re.compile(rb"# ([0-9a-f]{64}) of the lines above\n")
+# all that the metadata of torch's shares is made of (torch 2.13); a path's module is another from Python 3.13 on
+_OF_SHARES = {
+    *(
+        f"torch.distributed.checkpoint.metadata {name}"
+        for name in "Metadata MetadataIndex StorageMeta TensorStorageMetadata BytesStorageMetadata TensorProperties "
+        "ChunkStorageMetadata _MEM_FORMAT_ENCODING".split()
+    ),
+    "torch.distributed.checkpoint.filesystem _StorageInfo",
+    "torch.serialization _get_layout",
+    "torch Size",
+    *(f"torch {name}" for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+    *(f"{module} {kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
+}
+# what puts no more than a string, or an earlier one, onto the pickle's stack
+_STRINGS = {"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+_GETS = {"GET", "BINGET", "LONG_BINGET"}
+_PUTS = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
+_NAMES_OTHERWISE = {"EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"}
+_ONLY_WEIGHTS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # read by torch.load
 
 
 def seal(folder: Path) -> None:
@@ -96,6 +122,86 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
         else:
             return str(path)
     return None
+
+
+@contextmanager
+def numbers_only(folder: str | Path) -> Iterator[None]:
+    """While a checkpoint in shares is read, nothing in it can run.
+
+    torch reads `.metadata` with pickle: that is refused if it names anything but what torch writes there. Entries of
+    the optimizer that are no tensors are read with `torch.load` and no limits: while this lasts, with
+    `weights_only=True`.
+
+    Raises:
+        ValueError: there is more in it than numbers.
+    """
+    check_shares(folder)
+    before = os.environ.get(_ONLY_WEIGHTS)
+    os.environ[_ONLY_WEIGHTS] = "1"
+    try:
+        yield
+    except CheckpointException as error:
+        if "Weights only load failed" not in str(error):
+            raise
+        raise ValueError(f"The checkpoint {folder} is refused: a share holds more than numbers. {_ASK}") from error
+    finally:
+        if before is None:
+            del os.environ[_ONLY_WEIGHTS]
+        else:
+            os.environ[_ONLY_WEIGHTS] = before
+
+
+_ASK = "Take shares from nobody else; ask for the whole model."
+
+
+def check_shares(folder: str | Path) -> None:
+    """See that each `.metadata` of a checkpoint in shares names nothing but what torch writes there. Nothing of it is
+    run for that.
+
+    Raises:
+        ValueError: it does, or is no pickle.
+    """
+    folder = Path(folder)
+    inside = [folder, *(path for path in folder.iterdir() if path.is_dir())]
+    # torch takes one of a process, `__0.metadata`, where it cannot read the common one
+    for path in sorted(file for place in inside for file in place.glob("*.metadata")):
+        try:
+            named = set(_globals_of(path.read_bytes()))
+        except (ValueError, UnicodeError) as error:
+            raise ValueError(f"The checkpoint {folder} is damaged: {path.name} cannot be read ({error}).") from error
+        if named - _OF_SHARES:
+            names = ", ".join(sorted(name.replace(" ", ".") for name in named - _OF_SHARES))
+            raise ValueError(
+                f"The checkpoint {folder} is refused: {path.relative_to(folder)} names {names}, which is no part of a "
+                f"checkpoint and could run code. {_ASK}"
+            )
+
+
+def _globals_of(data: bytes) -> Iterator[str]:
+    """`module name` of all that a pickle would import. Of names that are put together in another way than Python's
+    own pickler does, `an unknown name`."""
+    memo: dict[int, str | None] = {}
+    pushed: list[str | None] = []  # on top of the stack: strings, or what they are not known to be
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(data):
+        name = opcode.name
+        if name in _STRINGS:
+            pushed.append(argument)
+        elif name in _GETS:
+            pushed.append(memo.get(int(argument)))
+        elif name in _PUTS:
+            memo[len(memo) if name == "MEMOIZE" else int(argument)] = pushed[-1] if pushed else None
+        elif name in ("FRAME", "PROTO"):
+            pass
+        else:
+            if name in ("GLOBAL", "INST"):
+                yield argument
+            elif name == "STACK_GLOBAL":
+                known = [part for part in pushed[-2:] if part is not None]
+                yield " ".join(known) if len(known) == 2 else "an unknown name"
+            elif name in _NAMES_OTHERWISE:
+                yield "an unknown name"
+            pushed.clear()
 
 
 def check_agreement(found: Sequence[str | None]) -> None:

@@ -3,6 +3,7 @@ that go on where they were."""
 
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from .checkpoints import (
     check_checkpoint,
     is_write_error,
     last_checkpoint,
+    numbers_only,
     put_in_place,
     recover,
     rotate,
@@ -38,7 +40,7 @@ class SafeTrainer(Trainer):
 
     * A checkpoint is written beside the others, sealed with sums, and renamed (`checkpoints.py`); older ones are
       removed after that. A disk that is full ends training and leaves the earlier ones as they are.
-    * `resume_from_checkpoint=True` takes the newest that is whole, a folder must be.
+    * `resume_from_checkpoint=True` takes the newest that is whole, a folder must be. Nothing of FSDP's shares is run.
     * A step whose loss or gradient is not finite ends training, with its batch kept, or is left out and counted
       (`args.nonfinite_loss`, `nonfinite.py`). DeepSpeed's engine holds its own gradients: there the losses are seen.
     * SIGUSR1 ends training after the running step, with a checkpoint (`preemption.py`): what runs until then loses
@@ -266,6 +268,23 @@ class SafeTrainer(Trainer):
             self.state.best_model_checkpoint = str(root / f"checkpoint-{best}")
         if self.args.should_save:
             self.state.save_to_json(str(staged / STATE))
+
+    # -- reading them
+
+    def _reading(self, checkpoint: str | None) -> AbstractContextManager[None]:
+        return numbers_only(checkpoint) if self.is_fsdp_enabled and checkpoint is not None else nullcontext()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with self._reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self) -> None:
+        with self._reading(self.state.best_model_checkpoint):
+            super()._load_best_model()
 
     # -- the end
 

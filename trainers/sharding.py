@@ -1,4 +1,5 @@
-"""FSDP2 for our models: what accelerate does for stock ones only, and on accelerators only."""
+"""FSDP2 for our models: what accelerate does for stock ones only, and on accelerators only. DeepSpeed: models that are
+built whole."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 
 def shard_on_cpu(accelerator: Any, plugin_kwargs: dict[str, Any] | None) -> None:
@@ -44,6 +46,24 @@ def keep_precision(plugin: FullyShardedDataParallelPlugin | None) -> None:
     policy = getattr(plugin, "mixed_precision_policy", None)
     if plugin is not None and isinstance(policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
+
+
+def build_whole() -> None:
+    """From now on models are built whole, by whatever the flags of a DeepSpeed training say; [`share_again`] ends it.
+
+    Once flags ask for ZeRO-3, transformers builds and loads every model in shares, whatever `zero3_init_flag` says.
+    Only the engine of a training gathers them: a codec that is copied into a student, and a teacher, which no engine
+    holds, would have no weights.
+    """
+    unset_hf_deepspeed_config()
+
+
+def share_again(accelerator: Any) -> None:
+    """Tell transformers of the accelerator's DeepSpeed, if it has one: how weights are saved, loaded and counted
+    depends on it."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None:
+        set_hf_deepspeed_config(plugin.hf_ds_config)
 
 
 @contextmanager

@@ -1,4 +1,7 @@
+import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +10,7 @@ from modeling_latentforge import LatentForgeAutoencoder
 from tests.conftest import tiny_student
 from tests.trainers.training_helpers import ragged_rows, tiny_args, train_log
 from trainers import KDConfig, KDTrainer, PatchCollator
-from trainers.codec_cache import CodecCache
+from trainers.codec_cache import ROWS_BETWEEN_LOOKS, CodecCache, reserve
 
 
 @pytest.fixture
@@ -130,6 +133,64 @@ def test_a_disk_without_room_ends_the_cache_and_not_the_training(tmp_path, encod
     assert len(log) == 8 and encoded == [4] * 8
     assert len([x for x in caplog.messages if "No space left" in x]) == 1
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """100 GB with as much free as a test says; how often it was looked at."""
+    found = SimpleNamespace(total=100 * 2**30, free=0, looks=0)
+
+    def disk_usage(path):
+        found.looks += 1
+        return found
+
+    monkeypatch.setattr("shutil.disk_usage", disk_usage)
+    return found
+
+
+def put_rows(cache, start, count):
+    """How many of so many new rows are kept."""
+    ids = (torch.arange(count * 8) + 8 * start).view(count, 8)
+    keys, before = cache.keys(ids, None), cache.num_found
+    cache.put(keys, torch.ones(count, 2, 5), torch.ones(count, 2, 5))
+    cache.get(keys)
+    return cache.num_found - before
+
+
+def test_a_disk_that_is_nearly_full_is_left_to_checkpoints(tmp_path, disk, caplog):
+    """The last bytes that a cache takes are those that the next checkpoint cannot be written to."""
+    cache = CodecCache(tmp_path, "codec")
+    disk.free = 5 * 2**30 - 1
+    assert put_rows(cache, 0, 3) == put_rows(cache, 3, 3) == 0
+    (said,) = caplog.messages
+    assert "5.0 GiB free" in said and "Make room there, or name a folder of another disk." in said
+    disk.free = 5 * 2**30
+    assert put_rows(cache, 6, 200) == 200 - (ROWS_BETWEEN_LOOKS - 6)  # somebody has made room
+    disk.free = 0
+    put_rows(cache, 206, ROWS_BETWEEN_LOOKS)
+    assert put_rows(cache, 400, 5) == 0 and len(caplog.messages) == 1
+    assert disk.looks == -(-(206 + ROWS_BETWEEN_LOOKS + 5) // ROWS_BETWEEN_LOOKS)
+
+
+def test_the_reserve_is_neither_nothing_nor_half_a_terabyte():
+    gib = 2**30
+    assert [reserve(total * gib) // gib for total in (2, 100, 10_000)] == [1, 5, 50]
+
+
+def test_what_killed_runs_left_goes_when_it_is_old(tmp_path):
+    """Half rows of runs that died fill the disk for good; those of runs that write now are needed."""
+    CodecCache(tmp_path, "another").folder.joinpath("aside").mkdir()
+    cache = CodecCache(tmp_path, "codec")
+    assert put_rows(cache, 0, 2) == 2
+    parts = [path / "row.0.part" for path in tmp_path.glob("*/aside")]
+    assert len(parts) == 2
+    for age, name in ((25, "old"), (1, "new")):
+        for path in (part.with_name(f"{name}.part") for part in parts):
+            path.write_bytes(b"half")
+            os.utime(path, (time.time() - age * 3600,) * 2)
+    again = CodecCache(tmp_path, "codec")
+    assert [path.name for path in tmp_path.rglob("*.part")] == ["new.part"] * 2
+    assert again.get(cache.keys(torch.arange(16).view(2, 8), None)) is not None
 
 
 def test_a_row_that_cannot_be_written_ends_the_cache_and_not_the_training(tmp_path, caplog):

@@ -1,39 +1,46 @@
+import importlib.util
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
+from transformers.integrations import is_deepspeed_zero3_enabled, set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from modeling_latentforge import LatentForgeForCausalLM
+from modeling_latentforge import LatentForgeAutoencoder, LatentForgeForCausalLM
 from tests.conftest import tiny_autoencoder, tiny_student
 from tests.modeling_latentforge.test_wire import receiver
 from tests.trainers.training_helpers import TEXT, byte_tokenizer, tiny_teacher
+from trainers import KDConfig
 from trainers.checkpoints import check_checkpoint, last_checkpoint
 from trainers.evaluation.distributed_rows import LAYOUTS, TOLERANCE, compare
 from trainers.evaluation.distributed_rows import launch as rows_launch
-from trainers.sharding import in_its_own_class, keep_precision
+from trainers.sharding import in_its_own_class, keep_precision, share_again
 
 
 ROOT = Path(__file__).parents[2]
 
 
-def launch(launcher, script, flags):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.run(
-        [sys.executable, "-m", *launcher.split(), str(ROOT / "scripts" / script), *flags],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
+def launch(launcher, script, flags, timeout=250, **more):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", **more}
+    command = [sys.executable, "-m", *launcher.split(), str(ROOT / "scripts" / script), *flags]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        output = process.communicate(timeout=timeout)
+    except BaseException:
+        process.terminate()  # the launcher ends what it has started; killed, it would leave that behind
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, *output)
 
 
 def two_processes():
@@ -274,6 +281,122 @@ def test_a_cache_of_the_codec_gives_shares_in_half_precision_the_same_losses(tmp
     assert len([path for path in (tmp_path / "kept").glob("*/*/*")]) == 4
 
 
+# a script of ours; what the model says while its engine holds it is kept beside the saved one
+KEPT = """
+import sys, torch
+from pathlib import Path
+from trainers.base_trainer import LatentTrainer
+from scripts import {script}
+
+end = LatentTrainer.end
+
+def told(trainer):
+    wrapped = trainer.model_wrapped
+    wrapped.eval()
+    with torch.no_grad():
+        logits = wrapped(input_ids=torch.arange(96).view(3, 32)).logits
+    shares = sorted({{hasattr(weight, "ds_id") for weight in trainer.model.parameters()}})
+    sys.stdout.write(f"engine: {{type(wrapped).__name__}} shares: {{shares}}\\n")  # one piece: two processes write
+    if trainer.is_world_process_zero():
+        torch.save(logits, Path(trainer.args.output_dir) / "logits.pt")
+    end(trainer)
+
+LatentTrainer.end = told
+{script}.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def extensions(tmp_path_factory):
+    """Where DeepSpeed builds what it needs on a CPU: a lock that a killed build left elsewhere would be waited for."""
+    missing = [] if importlib.util.find_spec("deepspeed") else ["deepspeed"]
+    missing += [name for name in ("g++", "ninja") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"DeepSpeed needs {' and '.join(missing)}, not installed here")
+    return str(tmp_path_factory.mktemp("extensions"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # four trainings, and DeepSpeed builds before the first
+@pytest.mark.parametrize("kind", ["codec", "student"])
+def test_deepspeed_trains_what_ddp_does(kind, tmp_path, extensions):
+    """Under ZeRO-3 transformers gave codec and teacher no weights, and a model in shares saves none where nobody
+    gathers them. Stage 3 is stopped in the middle and resumed."""
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT * 6))
+    for name, model in (("codec", tiny_autoencoder()), ("teacher", tiny_teacher())):
+        model.save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    script = {"codec": "train_autoencoder", "student": "train_student"}[kind]
+    (tmp_path / "kept.py").write_text(KEPT.format(script=script))
+    of_kind = {
+        "codec": f"--tokenizer {tmp_path}/codec --hidden_size 32 --intermediate_size 48 --latent_size 16 "
+        "--token_dropout 0 --latent_dropout 0",
+        "student": f"--autoencoder {tmp_path}/codec --teacher {tmp_path}/teacher --hidden_size 32 "
+        "--intermediate_size 64 --num_hidden_layers 1 --num_attention_heads 2 --mse_weight 0.5",
+    }
+    common = (
+        f"{of_kind[kind]} --data {tmp_path}/text.jsonl --cache_dir {tmp_path}/cache --block_size 32 "
+        "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --learning_rate 1e-2 "
+        "--lr_scheduler_type constant --logging_steps 1 --save_strategy steps --save_steps 2 --disable_tqdm true "
+        "--use_cpu true --report_to none"
+    )
+    files = ROOT / "scripts" / "accelerate_configs"
+
+    def train(stage, more):
+        launcher = two_processes()
+        if stage:
+            launcher = f"accelerate.commands.launch --config_file {files}/deepspeed_zero{stage}.yaml --num_processes 2"
+            launcher += " --main_process_port 0"
+        flags = f"{common} --output_dir {tmp_path}/stage{stage} {more}".split()
+        environment = {"TORCH_EXTENSIONS_DIR": extensions, "DS_ACCELERATOR": "cpu"}
+        result = launch(launcher, tmp_path / "kept.py", flags, timeout=400, **environment)
+        assert result.returncode == 0, result.stderr[-3000:]
+        engine = "DeepSpeedEngine" if stage else "DistributedDataParallel"
+        assert result.stdout.count(f"engine: {engine} shares: [{stage == 3}]") == 2, result.stdout[-2000:]
+
+    train(0, "--max_steps 4")
+    train(2, "--max_steps 4")
+    train(3, "--max_steps 2")
+    train(3, "--max_steps 4 --resume_from_checkpoint true")
+
+    logs = [[x for x in log if "loss" in x] for log in logs_of(tmp_path, "stage0", "stage2", "stage3")]
+    names = {"loss", "ce", "kd", "mse", "kl", "reconstruction"}
+    for log in logs[1:]:
+        assert [x["step"] for x in log] == [1, 2, 3, 4]
+        for ours, theirs in zip(log, logs[0], strict=True):
+            for name in names & set(theirs):
+                assert ours[name] == pytest.approx(theirs[name], abs=TOLERANCE), (name, ours["step"])
+    model_class = {"codec": LatentForgeAutoencoder, "student": LatentForgeForCausalLM}[kind]
+    for stage in (0, 2, 3):
+        folder = tmp_path / f"stage{stage}"
+        with torch.no_grad():
+            logits = model_class.from_pretrained(folder).eval()(input_ids=torch.arange(96).view(3, 32)).logits
+        expected = torch.load(folder / "logits.pt", weights_only=True)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+
+
+class _AsksForZero3:
+    def is_zero3(self):
+        return True
+
+
+def test_models_are_built_whole_until_there_is_a_trainer(tmp_path):
+    """transformers builds what is born after the flags of ZeRO-3 in shares: a teacher that no engine holds has no
+    weights. Without being told again, it would save a student in shares as if it were whole."""
+    asked = _AsksForZero3()
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(hf_ds_config=asked)))
+    try:
+        set_hf_deepspeed_config(asked)
+        KDConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+        assert not is_deepspeed_zero3_enabled()
+        share_again(accelerator)
+        assert is_deepspeed_zero3_enabled()
+        share_again(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None)))
+        assert is_deepspeed_zero3_enabled()
+    finally:
+        unset_hf_deepspeed_config()
+
+
 # what two processes that hold half of a backbone each make of it
 SHARED = """
 import sys, torch
@@ -326,6 +449,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import transformers.trainer
+from trainers import KDConfig
 from trainers.checkpoints import last_checkpoint
 from trainers.evaluation.distributed_runs import in_processes, launcher_environment, trainer_of
 
